@@ -1,0 +1,1 @@
+"""Predict full-batch training at the edge of stability by its central flow."""
