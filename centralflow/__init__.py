@@ -1,1 +1,31 @@
 """Predict full-batch training at the edge of stability by its central flow."""
+
+from . import data as data
+from . import losses as losses
+from . import models as models
+from .compare import Comparison as Comparison
+from .compare import compare as compare
+from .compare import time_average as time_average
+from .flows import AbstractFlow as AbstractFlow
+from .flows import CentralFlow as CentralFlow
+from .flows import StableFlow as StableFlow
+from .objective import FlatObjective as FlatObjective
+from .objective import Objective as Objective
+from .optimizers import AbstractOptimizer as AbstractOptimizer
+from .optimizers import GradientDescent as GradientDescent
+from .optimizers import RMSProp as RMSProp
+from .optimizers import ScalarRMSProp as ScalarRMSProp
+from .predict import predict as predict
+from .results import RESULTS as RESULTS
+from .sdcp import solve_sdcp as solve_sdcp
+from .train import train as train
+from .trajectory import NumericalFailure as NumericalFailure
+from .trajectory import Trajectory as Trajectory
+
+
+def __getattr__(name: str):
+    if name == "plot":  # only those who plot wait for matplotlib
+        import importlib
+
+        return importlib.import_module(".plot", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,24 @@
 """Shared set-up: shapes and types are checked at run time in every test."""
 
+import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("centralflow", "beartype.beartype").__enter__()
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def untyped():
+    """One test as users run it, without checks of types: for arguments that are wrong
+    on purpose, whose errors the package itself must raise."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

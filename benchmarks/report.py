@@ -1,0 +1,32 @@
+"""What every benchmark prints: the machine, the versions, a table."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+
+def heading(title: str) -> None:
+    """The title, the machine and the versions."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if "model name" in line]
+        processor = names[0].split(":")[1].strip() if names else processor
+    packages = ("centralflow", "jax", "equinox", "diffrax", "lineax")
+    print(title)
+    print(f"  {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {processor}")
+    print("  " + ", ".join(f"{name} {version(name)}" for name in packages))
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = lambda row: (
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        + " |"
+    )
+    print("\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)]))

@@ -1,0 +1,280 @@
+"""The largest eigenpairs of a symmetric operator, tracked by block Rayleigh–Ritz."""
+
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+# On GPUs a float32 matrix product is rounded to TF32 (ε ≈ 1e-3) by default, which
+# would cap the residuals there. Set per product, not by a context manager: that would
+# change the precision of the user's operator too.
+_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+class Eigenpairs(eqx.Module):
+    """Approximate eigenpairs, as returned by [`centralflow.eigen.top_eigenpairs`][].
+
+    - `values`: The Ritz values, descending; -inf in rows that the basis did not span.
+    - `vectors`: Orthonormal rows, one per Ritz value; zero where `values` is -inf.
+    - `images`: The operator applied to `vectors` (combined from the stored products).
+    - `residuals`: |A v - value v|, which bounds the distance from `values` to the
+        spectrum; inf where `values` is -inf.
+    - `products`: How often the operator was applied to a vector.
+    - `sweeps`: How often the basis was enlarged.
+    - `converged`: Whether all wanted residuals are within the tolerance.
+    """
+
+    values: Float[Array, "k"]
+    vectors: Float[Array, "k n"]
+    images: Float[Array, "k n"]
+    residuals: Float[Array, "k"]
+    products: Int[Array, ""]
+    sweeps: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class _State(eqx.Module):
+    basis: Float[Array, "m n"]  # orthonormal in the first `size` rows, then zero
+    images: Float[Array, "m n"]  # the operator applied to `basis`
+    gram: Float[Array, "m m"]  # basis imagesᵀ, the operator restricted to the basis
+    size: Int[Array, ""]
+    ritz: Float[Array, "k m"]  # the Ritz vectors' coefficients in `basis`
+    search: Float[Array, "k+1 n"]  # what the basis is to be enlarged by
+    pairs: Eigenpairs
+    proceed: Bool[Array, ""]
+
+
+def _unit(rows: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    usable = (norms > 0) & jnp.isfinite(norms)
+    return jnp.where(usable, rows / jnp.where(usable, norms, 1), 0)
+
+
+def _orthonormalise(
+    rows: Float[Array, "b n"], basis: Float[Array, "m n"]
+) -> tuple[Float[Array, "b n"], Int[Array, ""]]:
+    """Orthonormal rows spanning what `rows` (of norm one or zero) adds to `basis`.
+
+    They come first, and are followed by zeros; also returned is their number.
+    """
+    # With S = rows - rows basisᵀ basis and S Sᵀ = U Λ Uᵀ, the rows of Λ^-½ Uᵀ S are
+    # orthonormal. Unlike QR this is only products of long matrices, which shard over n,
+    # and dependent rows drop out: their λ is small. The rounding errors ε of S are
+    # magnified by λ^-½ and those of the Gram matrix by λ^-1, so by the cut-off λ > √ε
+    # orthogonality is lost to √ε at worst; that makes a second pass exact to O(ε).
+    cutoff = float(jnp.finfo(rows.dtype).eps) ** 0.5
+
+    def once(_, carry):
+        rows, _ = carry
+        rows = rows - _matmul(_matmul(rows, basis.T), basis)
+        λ, U = jnp.linalg.eigh(_matmul(rows, rows.T))
+        λ, U = λ[::-1], U[:, ::-1]
+        scale = jnp.where(λ > cutoff, lax.rsqrt(jnp.maximum(λ, cutoff)), 0)
+        return _matmul((U * scale).T, rows), jnp.sum(λ > cutoff, dtype=jnp.int32)
+
+    return lax.fori_loop(0, 2, once, (rows, jnp.int32(0)))
+
+
+def _ritz(
+    gram: Float[Array, "m m"], size: Int[Array, ""], k: int
+) -> tuple[Float[Array, "k"], Float[Array, "k m"]]:
+    """The k largest eigenpairs of the leading `size` × `size` block."""
+    # The unused rows must not add eigenvalues 0, above those of a negative operator.
+    # They get one below all others, |λ| <= |gram|_∞, but of their magnitude: with, say,
+    # -1e30 the others would be lost to rounding.
+    bound = jnp.max(jnp.sum(jnp.abs(gram), axis=1))
+    below = jnp.where(bound > 0, -2 * bound, -1)
+    used = jnp.arange(gram.shape[0]) < size
+    unused = jnp.diag(jnp.where(used, 0, below))
+    λ, U = jnp.linalg.eigh(jnp.where(used[:, None] & used, gram, unused))
+    return λ[::-1][:k], jnp.where(used[:k, None], U[:, ::-1][:, :k].T, 0)
+
+
+def top_eigenpairs(
+    operator: Callable[[Float[Array, "m n"], Int[Array, ""]], Float[Array, "m n"]],
+    start: Float[Array, "k n"],
+    count: int | Int[Array, ""],
+    wanted: int | Int[Array, ""],
+    *,
+    tolerance: float | Float[Array, ""],
+    max_sweeps: int,
+    key: PRNGKeyArray | None = None,
+) -> Eigenpairs:
+    """The algebraically largest eigenpairs of a symmetric operator A.
+
+    This is meant to be called again and again while A moves, each time from the vectors
+    found last, and minimises the number of applications of A. `count` of them find the
+    Ritz pairs within the span of `start`. Then, in sweeps, the basis is enlarged by the
+    residuals of those wanted pairs that have not converged, at one application each
+    (and one more while a guard has not converged); all products are stored. When
+    3k + 1 rows are full the basis is restarted from at most 2k. Memory is for about 9k
+    vectors.
+
+    **Arguments:**
+
+    - `operator`: A function `(V, m)` that applies A to the first `m` rows of V (usually
+        by a `jax.lax.fori_loop`: `m` is traced) and returns zeros in the others.
+    - `start`: Guesses for the eigenvectors, as rows; their number k bounds `count`.
+        They need not be orthonormal. Rows that are zero, not finite or dependent are
+        replaced by random ones: `start` may be zero if nothing is known.
+    - `count`: How many rows of `start` are used. Further rows of the result are a
+        by-product, in case `count` is larger in the next call.
+    - `wanted`: How many pairs have to converge, `wanted <= count`. The others are
+        guards: they cost an application each, are followed loosely, and show an
+        eigenvalue that is about to overtake the wanted ones.
+    - `tolerance`: The largest residual norm |A v - λ v| allowed, over the largest |Ritz
+        value|. (It must be relative: next to an operator with few large eigenvalues a
+        random vector has a small residual, and a small Ritz value.)
+    - `max_sweeps`: The largest number of sweeps.
+    - `key`: If given, the last of the `count` vectors is perturbed at random by a tenth
+        of its length, and at least one sweep is done, which costs an application if
+        there would have been none. Without, an eigenvector exactly orthogonal to
+        `start`, say by a symmetry, is not found no matter how large its eigenvalue
+        grows. It takes shape from call to call, so use this with a guard
+        (`wanted < count`) and a new key each time.
+
+    **Returns:**
+
+    An [`centralflow.eigen.Eigenpairs`][]. If A is not finite then it has not converged.
+
+    ??? cite "References"
+
+        The iteration, restarted from the present and the previous Ritz vectors:
+
+        ```bibtex
+        @article{stathopoulos2007nearly,
+            author={Stathopoulos, Andreas},
+            title={Nearly Optimal Preconditioned Methods for {H}ermitian Eigenproblems
+                   under Limited Memory. {P}art {I}: Seeking One Eigenvalue},
+            journal={SIAM Journal on Scientific Computing},
+            volume={29}, number={2}, pages={481--514}, year={2007},
+        }
+        ```
+
+        Orthonormalisation by Gram matrices:
+
+        ```bibtex
+        @article{stathopoulos2002block,
+            author={Stathopoulos, Andreas and Wu, Kesheng},
+            title={A Block Orthogonalization Procedure with Constant Synchronization
+                   Requirements},
+            journal={SIAM Journal on Scientific Computing},
+            volume={23}, number={6}, pages={2165--2182}, year={2002},
+        }
+        ```
+    """
+    k, n = start.shape
+    m = 3 * k + 1
+    dtype = start.dtype
+    count, wanted = jnp.minimum(count, n), jnp.minimum(wanted, n)
+    row = jnp.arange(k)
+
+    def random(i):
+        seed = jax.random.fold_in(jax.random.key(0) if key is None else key, i)
+        return _unit(jax.random.normal(seed, (1, n), dtype))[0]
+
+    # The first pass takes the start for its search directions and is no sweep yet: so
+    # the operator, usually a large program, is compiled once.
+    def sweep(state):
+        new, rank = _orthonormalise(state.search, state.basis)
+        new_images = operator(new, rank)
+        zero = jnp.zeros_like(state.size)
+        basis = lax.dynamic_update_slice(state.basis, new, (state.size, zero))
+        images = lax.dynamic_update_slice(state.images, new_images, (state.size, zero))
+        block = _matmul(new_images, basis.T)
+        gram = lax.dynamic_update_slice(state.gram, block, (state.size, zero))
+        gram = lax.dynamic_update_slice(gram, block.T, (zero, state.size))
+        size = state.size + rank
+
+        θ, coefficients = _ritz(gram, size, k)
+        spanned = row < size
+        vectors = _matmul(coefficients, basis)
+        vector_images = _matmul(coefficients, images)
+        defects = vector_images - jnp.where(spanned, θ, 0)[:, None] * vectors
+        residuals = jnp.where(spanned, jnp.linalg.norm(defects, axis=1), jnp.inf)
+        bound = tolerance * jnp.max(jnp.abs(jnp.where(spanned, θ, 0)))
+        pairs = Eigenpairs(
+            values=jnp.where(spanned, θ, -jnp.inf),
+            vectors=vectors,
+            images=vector_images,
+            residuals=residuals,
+            products=state.pairs.products + rank,
+            sweeps=state.pairs.sweeps + 1,
+            converged=jnp.all((residuals <= bound) | (row >= wanted)),
+        )
+
+        # One search direction per wanted pair: fewer at a time converge no faster from
+        # a warm start, where each defect is the first-order change of its vector. And
+        # one for the guards, the worst of them: with none they go stale and no longer
+        # show what is about to be wanted; with all, they cost as much as if wanted.
+        missing = size < count  # the start was deficient: fill up by random directions
+        probe = (pairs.sweeps == 0) & (key is not None)
+        large = residuals > bound
+        is_guard = spanned & (large | probe) & (row >= wanted) & (row < count)
+        worst = row == jnp.argmax(jnp.where(is_guard, residuals, -1))
+        directions = _unit(jnp.where(spanned[:, None], defects, 0))
+        guard = jnp.sum(jnp.where((is_guard & worst)[:, None], directions, 0), axis=0)
+        noise = lax.cond(missing, random, lambda i: jnp.zeros(n, dtype), pairs.sweeps)
+        wanted_directions = jnp.where((large & (row < wanted))[:, None], directions, 0)
+        search = jnp.concatenate([wanted_directions, _unit((guard + noise)[None])])
+
+        # Restart from the Ritz vectors and from what the previous ones, as of one sweep
+        # earlier, add to their span: the third term of conjugate gradients. All is done
+        # with the coefficients, so that neither products nor long vectors are needed.
+        def restart():
+            change = state.ritz - _matmul(
+                _matmul(state.ritz, coefficients.T), coefficients
+            )
+            change, rank = _orthonormalise(_unit(change), coefficients)
+            keep = jnp.concatenate([coefficients, change])
+            pad = ((0, m - 2 * k), (0, 0))
+            return (
+                jnp.pad(_matmul(keep, basis), pad),
+                jnp.pad(_matmul(keep, images), pad),
+                jnp.pad(_matmul(_matmul(keep, gram), keep.T), ((0, m - 2 * k),) * 2),
+                k + rank,
+                jnp.eye(k, m, dtype=dtype),
+            )
+
+        basis, images, gram, next_size, ritz = lax.cond(
+            size + k + 1 > m, restart, lambda: (basis, images, gram, size, coefficients)
+        )
+        stuck = (pairs.sweeps > 0) & (rank == 0)  # the basis spans everything it can
+        finite = jnp.all(jnp.isfinite(θ))
+        proceed = (~pairs.converged | missing | probe) & ~stuck & finite
+        return _State(basis, images, gram, next_size, ritz, search, pairs, proceed)
+
+    chosen = jnp.where((row < count)[:, None], _unit(start), 0)
+    if key is not None:
+        # A random search direction instead would be uncoupled from vectors that have
+        # converged, hence forgotten after each call. In a vector some of it stays: a
+        # sweep along the defect, nearly a power step, removes what belongs to small
+        # eigenvalues and magnifies what belongs to larger ones, of size n^-½ at first.
+        last = (row == count - 1)[:, None]
+        chosen = _unit(chosen + jnp.where(last, 0.1 * random(max_sweeps), 0))
+    init = _State(
+        basis=jnp.zeros((m, n), dtype),
+        images=jnp.zeros((m, n), dtype),
+        gram=jnp.zeros((m, m), dtype),
+        size=jnp.int32(0),
+        ritz=jnp.zeros((k, m), dtype),
+        search=jnp.concatenate([chosen, jnp.zeros((1, n), dtype)]),
+        pairs=Eigenpairs(
+            values=jnp.full(k, -jnp.inf, dtype),
+            vectors=jnp.zeros((k, n), dtype),
+            images=jnp.zeros((k, n), dtype),
+            residuals=jnp.full(k, jnp.inf, dtype),
+            products=jnp.int32(0),
+            sweeps=jnp.int32(-1),
+            converged=jnp.bool_(False),
+        ),
+        proceed=jnp.bool_(True),
+    )
+    final = lax.while_loop(
+        lambda state: state.proceed & (state.pairs.sweeps < max_sweeps), sweep, init
+    )
+    return final.pairs

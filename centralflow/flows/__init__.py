@@ -1,0 +1,6 @@
+"""What is integrated: the flows, one file each."""
+
+from .base import AbstractFlow as AbstractFlow
+from .base import FlowState as FlowState
+from .central import CentralFlow as CentralFlow
+from .stable import StableFlow as StableFlow

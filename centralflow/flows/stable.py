@@ -1,0 +1,73 @@
+"""The stable flow: the optimizer without its oscillations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+from jaxtyping import Array, PyTree
+
+from ..objective import FlatObjective
+from ..optimizers import AbstractOptimizer
+from .base import AbstractFlow, FlowState, Work
+
+
+class StableFlow(AbstractFlow):
+    """The flow that an optimizer would follow if it did not oscillate,
+
+        dw/dt = velocity(w, s, g(w)),      ds/dt = state_rate(s, g, g * g):
+
+    for gradient descent, gradient flow dw/dt = -eta g. Integrated by Diffrax's `Tsit5`
+    with an adaptive step size.
+    """
+
+    def term(
+        self,
+        objective: FlatObjective,
+        optimizer: AbstractOptimizer,
+        metrics: dict[str, Callable],
+    ) -> diffrax.ODETerm:
+        return diffrax.ODETerm(_StableField(objective, optimizer, metrics))
+
+    def solver(self) -> diffrax.AbstractSolver:
+        return diffrax.Tsit5()
+
+    def stepsize(
+        self, rtol: float | None
+    ) -> tuple[diffrax.AbstractStepSizeController, float | None]:
+        rtol = 1e-3 if rtol is None else rtol
+        return diffrax.PIDController(rtol=rtol, atol=1e-3 * rtol), None
+
+    def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+        return y, None
+
+    def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
+        field = term.vector_field
+        loss, gradient = field.objective.value_and_grad(y.weights)
+        model = field.objective.model(y.weights)
+        return dict(
+            loss=loss,
+            mean_loss=loss,
+            grad_norm_sq=gradient @ gradient,
+            mean_grad_norm_sq=gradient @ gradient,
+            metrics={name: fn(model) for name, fn in field.metrics.items()},
+        )
+
+    def work(self, solver_state: Any, steps: Any, reports: int) -> Work:
+        # Tsit5 has seven stages, the first of which is the last of the step before.
+        # Diffrax evaluates once more to choose the first step size.
+        return Work(gradients=6 * steps + 2 + reports)
+
+
+class _StableField(eqx.Module):
+    objective: FlatObjective
+    optimizer: AbstractOptimizer
+    metrics: dict[str, Callable]
+
+    def __call__(self, t, y: FlowState, args) -> FlowState:
+        g = self.objective.grad(y.weights)
+        return FlowState(
+            self.optimizer.velocity(y.weights, y.optimizer_state, g),
+            self.optimizer.state_rate(y.optimizer_state, g, g * g),
+            {},
+        )

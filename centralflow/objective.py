@@ -1,0 +1,250 @@
+"""The full-batch loss and its derivatives on flattened parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+
+class Objective(eqx.Module):
+    """A full-batch loss: the mean of `loss_fn(model, batch)` over a data set.
+
+    **Arguments:**
+
+    - `loss_fn`: `loss_fn(model, batch) -> scalar`, a *mean* over the examples in
+        `batch`; or `loss_fn(model) -> scalar` if there is no data.
+    - `data`: a PyTree of arrays with a common leading axis, the examples.
+    - `microbatch_size`: every derivative is accumulated over microbatches of this
+        many examples, so that memory is bounded by the microbatch. All derivatives
+        stay exact: a ragged last microbatch gets the weight of its size. `None` takes
+        all examples at once.
+
+    **Raises:**
+
+    `ValueError` if the leaves of `data` have different or zero lengths, or if
+    `microbatch_size` is not positive.
+    """
+
+    loss_fn: Callable[..., Any]
+    data: PyTree
+    microbatch_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        data: PyTree = None,
+        *,
+        microbatch_size: int | None = None,
+    ):
+        if not callable(loss_fn):
+            raise ValueError(f"`loss_fn` must be callable, got {loss_fn!r}.")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+            if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+                name = "data" + jax.tree_util.keystr(path)
+                raise ValueError(
+                    f"`{name}` must be an array with a leading example axis, got "
+                    f"{type(leaf).__name__}: wrap it in `jnp.asarray`."
+                )
+        data = jax.tree.map(jnp.asarray, data)
+        lengths = {
+            "data" + jax.tree_util.keystr(path): leaf.shape[:1]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(data)
+        }
+        if len(set(lengths.values())) > 1 or set(lengths.values()) & {(), (0,)}:
+            shown = ", ".join(f"{k}: {v[0] if v else '()'}" for k, v in lengths.items())
+            raise ValueError(
+                "`data` must hold arrays with one common, non-empty leading example "
+                f"axis, got lengths {shown}."
+            )
+        if microbatch_size is not None and (
+            isinstance(microbatch_size, bool)
+            or not isinstance(microbatch_size, int | np.integer)
+            or microbatch_size < 1
+        ):
+            raise ValueError(
+                f"`microbatch_size` must be a positive integer or None, got "
+                f"{microbatch_size!r}."
+            )
+        self.loss_fn = loss_fn
+        self.data = data
+        self.microbatch_size = None if microbatch_size is None else int(microbatch_size)
+
+    @property
+    def examples(self) -> int | None:
+        """The number of examples, or `None` without data."""
+        leaves = jax.tree.leaves(self.data)
+        return leaves[0].shape[0] if leaves else None
+
+    def flatten(self, model: PyTree) -> tuple[Float[Array, " n"], "FlatObjective"]:
+        """The parameters of `model` as one vector, and the objective as a function
+        of that vector.
+
+        **Arguments:**
+
+        - `model`: any PyTree. Its inexact-array leaves are the parameters; all other
+            leaves are constants.
+
+        **Returns:**
+
+        The weights, of shape `[n]`, and a [`centralflow.FlatObjective`][].
+
+        **Raises:**
+
+        `ValueError` if `model` has no floating-point parameters, or complex ones.
+        """
+        parameters, static = eqx.partition(model, eqx.is_inexact_array_like)
+        parameters = jax.tree.map(jnp.asarray, parameters)
+        leaves = jax.tree.leaves(parameters)
+        if sum(leaf.size for leaf in leaves) == 0:
+            kinds = {str(x.dtype) for x in jax.tree.leaves(model) if eqx.is_array(x)}
+            raise ValueError(
+                "`model` has no parameters: none of its leaves is a non-empty array "
+                f"of floating-point numbers (array types found: {sorted(kinds)}). "
+                "Convert integer parameters with `.astype(float)`."
+            )
+        if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+            raise ValueError("`model` has complex parameters; only real ones will do.")
+        weights, unravel = ravel_pytree(parameters)
+        return weights, FlatObjective(self, static, unravel)
+
+
+class FlatObjective(eqx.Module):
+    """An [`centralflow.Objective`][] as a function of the flat weights `w [n]`.
+
+    All arrays are leaves and all functions are static, so one compiled program serves
+    other data of the same shape. `u` and `v` are vectors `[n]`; `V [k, n]` is a block
+    of vectors, one to a row.
+    """
+
+    objective: Objective
+    static: PyTree
+    unravel: Callable[[Array], PyTree] = eqx.field(static=True)
+
+    def model(self, w: Float[Array, " n"]) -> PyTree:
+        """The model that has the parameters `w`."""
+        return eqx.combine(self.unravel(w), self.static)
+
+    def _mean(self, fn: Callable[[Callable], PyTree]) -> PyTree:
+        """The mean over examples of `fn(loss)`, where `loss(w)` is the loss of one
+        microbatch and `fn` is linear in it, as every derivative is."""
+        loss_fn, data = self.objective.loss_fn, self.objective.data
+        examples, size = self.objective.examples, self.objective.microbatch_size
+        if examples is None:
+            return fn(lambda w: loss_fn(self.model(w)))
+
+        def on(batch):
+            return fn(lambda w: loss_fn(self.model(w), batch))
+
+        if size is None or size >= examples:
+            return on(data)
+        whole, ragged = divmod(examples, size)
+
+        def add(total, batch):
+            return jax.tree.map(lambda s, x: s + x * size, total, on(batch)), None
+
+        head = jax.tree.map(
+            lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), data
+        )
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(on, jax.tree.map(lambda x: x[0], head)),
+        )
+        total, _ = jax.lax.scan(add, zero, head)
+        if ragged:
+            tail = on(jax.tree.map(lambda x: x[whole * size :], data))
+            total = jax.tree.map(lambda s, x: s + x * ragged, total, tail)
+        return jax.tree.map(lambda s: s / examples, total)
+
+    def loss(self, w: Float[Array, " n"]) -> Float[Array, ""]:
+        """L(w)."""
+        return self._mean(lambda loss: loss(w))
+
+    def value_and_grad(
+        self, w: Float[Array, " n"]
+    ) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+        """L(w) and its gradient."""
+        return self._mean(lambda loss: jax.value_and_grad(loss)(w))
+
+    def grad(self, w: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The gradient of L at w."""
+        return self.value_and_grad(w)[1]
+
+    def hvp(self, w: Float[Array, " n"], v: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The Hessian-vector product H(w) v."""
+        return self._mean(lambda loss: jax.jvp(jax.grad(loss), (w,), (v,))[1])
+
+    def hvps(
+        self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
+    ) -> Float[Array, "k n"]:
+        """H(w) applied to the first `count` rows of V; the other rows are zero.
+
+        The gradient is linearized once for all rows. The rows are a loop and not a
+        `vmap`: a batched product is slower on a CPU, and `count` may be dynamic.
+        """
+
+        def products(loss):
+            _, hvp = jax.linearize(jax.grad(loss), w)
+            put = lambda i, out: out.at[i].set(hvp(V[i]))
+            return jax.lax.fori_loop(0, count, put, jnp.zeros_like(V))
+
+        return self._mean(products)
+
+    def third(
+        self, w: Float[Array, " n"], u: Float[Array, " n"], v: Float[Array, " n"]
+    ) -> Float[Array, " n"]:
+        """The third derivative d(u' H(w) v)/dw, a vector of shape `[n]`."""
+
+        def derivative(loss):
+            hvp = lambda x: jax.jvp(jax.grad(loss), (x,), (v,))[1]
+            return jax.grad(lambda x: u @ hvp(x))(w)
+
+        return self._mean(derivative)
+
+    def thirds(
+        self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
+    ) -> Float[Array, "m n"]:
+        """The third derivatives D_ij = d(v_i' H(w) v_j)/dw of all pairs of the first
+        `count` rows of V.
+
+        **Returns:**
+
+        Shape `[k (k + 1) / 2, n]`: the row of the pair i >= j is i (i + 1) / 2 + j, so
+        that the pairs of the first `count` rows come first. The other rows are zero.
+        """
+        k, n = V.shape
+
+        def derivatives(loss):
+            # Forward over forward over reverse, linearized at w once for each i: the
+            # linear map then serves all j <= i.
+            def pairs(i, D):
+                hvp = lambda x: jax.jvp(jax.grad(loss), (x,), (V[i],))[1]
+                _, third = jax.linearize(hvp, w)
+                put = lambda j, D: D.at[i * (i + 1) // 2 + j].set(third(V[j]))
+                return jax.lax.fori_loop(0, i + 1, put, D)
+
+            D = jnp.zeros((k * (k + 1) // 2, n), V.dtype)
+            return jax.lax.fori_loop(0, count, pairs, D)
+
+        return self._mean(derivatives)
+
+    def second_derivative(
+        self,
+        fn: Callable[[PyTree], PyTree],
+        w: Float[Array, " n"],
+        u: Float[Array, " n"],
+        v: Float[Array, " n"],
+    ) -> PyTree:
+        """u' (d^2 h/dw^2) v for any observable `h = fn(model)`, entry by entry."""
+        observable = lambda x: fn(self.model(x))
+        slope = lambda x: jax.jvp(observable, (x,), (v,))[1]
+        return jax.jvp(slope, (w,), (u,))[1]
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a tracer, whose value cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

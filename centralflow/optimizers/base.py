@@ -1,0 +1,111 @@
+"""What every optimizer has: discrete update, preconditioner P, rate of the state."""
+
+import abc
+from collections.abc import Callable
+from typing import TypeAlias
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ..objective import is_traced
+
+Vector: TypeAlias = Float[Array, " n"]
+# The diagonal of a preconditioner; a scalar stands for a multiple of the identity.
+Diagonal: TypeAlias = Float[Array, ""] | Float[Array, " n"]
+Schedule: TypeAlias = Callable[[Float[Array, ""]], Float[Array, ""]]
+
+
+class AbstractOptimizer(eqx.Module):
+    """A preconditioned gradient method, in discrete and in continuous time.
+
+    One step at weights `w` with gradient `g` is
+
+        state <- update_state(state, g)
+        w     <- w + velocity(w, state, g),      velocity = -P(state)^-1 g by default.
+
+    Its central flow is, with E the average over the oscillations,
+
+        dw/dt     = velocity(w, state, E[g])
+        dstate/dt = state_rate(state, E[g], E[g * g]).
+
+    The state of the flow at time t is the state *after* the gradient at time t has
+    entered it, the one that makes the step from t to t + 1. It is a PyTree of
+    floating-point arrays and counts its updates itself if it needs the count, so that
+    weights and state are all there is to continue a run.
+
+    To add an optimizer, subclass this and implement the abstract methods.
+    """
+
+    learning_rate: eqx.AbstractVar[Float[Array, ""] | Schedule]
+
+    @property
+    def critical_sharpness(self) -> float | Float[Array, ""]:
+        """The eigenvalue of P^-1 H above which the method oscillates. On a quadratic
+        the mode with eigenvalue s obeys w <- (1 - s) w: stable up to s = 2."""
+        return 2.0
+
+    @abc.abstractmethod
+    def init(self, weights: Vector) -> PyTree[Array]:
+        """The state before the first update."""
+
+    @abc.abstractmethod
+    def update_state(self, state: PyTree[Array], gradient: Vector) -> PyTree[Array]:
+        """The state after one more gradient."""
+
+    @abc.abstractmethod
+    def state_rate(
+        self, state: PyTree[Array], gradient: Vector, gradient_sq: Vector
+    ) -> PyTree[Array]:
+        """The time derivative of the state, per optimizer step, where the gradient has
+        the mean E[g] = `gradient` and the second moments E[g * g] = `gradient_sq`."""
+
+    @abc.abstractmethod
+    def preconditioner(self, state: PyTree[Array]) -> Diagonal:
+        """The diagonal of P(state), learning rate included, positive: the step is
+        -P^-1 g."""
+
+    def velocity(
+        self, weights: Vector, state: PyTree[Array], gradient: Vector
+    ) -> Vector:
+        """The change of the weights in one step, and their time derivative along a
+        flow, where `gradient` is the mean gradient E[g]."""
+        del weights
+        return -gradient / self.preconditioner(state)
+
+    def update(
+        self, weights: Vector, state: PyTree[Array], gradient: Vector
+    ) -> tuple[Vector, PyTree[Array]]:
+        """One step of the discrete optimizer."""
+        state = self.update_state(state, gradient)
+        return weights + self.velocity(weights, state, gradient), state
+
+
+def rate_of_last_update(
+    learning_rate: Float[Array, ""] | Schedule, updates: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The learning rate with which update number `updates` was made."""
+    # Update number 1 is step 0. Before any update the rate is that of step 0 too.
+    if callable(learning_rate):
+        learning_rate = learning_rate(jnp.maximum(updates - 1, 0))
+    return jnp.asarray(learning_rate, updates.dtype)
+
+
+def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
+    """`learning_rate` as an array or a schedule, once it makes sense."""
+    if callable(learning_rate):
+        return learning_rate
+    try:
+        value = jnp.asarray(learning_rate, jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`learning_rate` must be a number or a schedule `step -> rate`, got "
+            f"{learning_rate!r}."
+        ) from error
+    if value.shape != ():
+        raise ValueError(
+            f"`learning_rate` must be a scalar, got an array of shape {value.shape}."
+        )
+    if not is_traced(value) and not 0 < float(value) < float("inf"):
+        raise ValueError(f"`learning_rate` must be positive and finite, got {value}.")
+    return value

@@ -1,0 +1,122 @@
+"""RMSProp, with one second moment for each parameter or one for all."""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..objective import is_traced
+from .base import (
+    AbstractOptimizer,
+    Diagonal,
+    Schedule,
+    Vector,
+    checked_learning_rate,
+    rate_of_last_update,
+)
+
+
+class SecondMoment(eqx.Module):
+    """The state of RMSProp: how many gradients have entered nu, and nu itself, `[n]`
+    or a scalar."""
+
+    updates: Float[Array, ""]
+    nu: Diagonal
+
+
+class _AbstractRMSProp(AbstractOptimizer):
+    learning_rate: eqx.AbstractVar[Float[Array, ""] | Schedule]
+    beta2: eqx.AbstractVar[Float[Array, ""]]
+    eps: eqx.AbstractVar[Float[Array, ""]]
+    bias_correction: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def moment(self, gradient_sq: Vector) -> Diagonal:
+        """The g-dependent term of nu, from g * g or its mean; linear."""
+
+    def init(self, weights: Vector) -> SecondMoment:
+        zero = jnp.zeros((), weights.dtype)
+        return SecondMoment(zero, jnp.zeros_like(self.moment(weights)))
+
+    def update_state(self, state: SecondMoment, gradient: Vector) -> SecondMoment:
+        beta2 = self.beta2.astype(gradient.dtype)
+        moment = self.moment(gradient * gradient)
+        return SecondMoment(state.updates + 1, beta2 * state.nu + (1 - beta2) * moment)
+
+    def state_rate(
+        self, state: SecondMoment, gradient: Vector, gradient_sq: Vector
+    ) -> SecondMoment:
+        # With nu after the update at integer times, backward Euler of this equation is
+        # the update itself: nu' - nu = (1 - beta2)/beta2 (g * g - nu').
+        beta2 = self.beta2.astype(gradient_sq.dtype)
+        rate = (1 - beta2) / beta2 * (self.moment(gradient_sq) - state.nu)
+        return SecondMoment(jnp.ones_like(state.updates), rate)
+
+    def preconditioner(self, state: SecondMoment) -> Diagonal:
+        nu = state.nu
+        if self.bias_correction:
+            # Before any update nu is zero, whatever it is divided by.
+            count = jnp.maximum(state.updates, 1)
+            nu = nu / -jnp.expm1(count * jnp.log(self.beta2.astype(nu.dtype)))
+        rate = rate_of_last_update(self.learning_rate, state.updates)
+        return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
+
+
+_ARGUMENTS = """
+    **Arguments:**
+
+    - `learning_rate`: eta, a positive number or a schedule `step -> eta`.
+    - `beta2`: the decay of the second moment, in (0, 1).
+    - `eps`: added to the root of the second moment, outside of it; not negative.
+    - `bias_correction`: divide nu by 1 - beta2^t after t updates.
+"""
+
+
+class RMSProp(_AbstractRMSProp):
+    """RMSProp: nu <- beta2 nu + (1 - beta2) g * g, then w <- w - eta g / (sqrt(nu) +
+    eps). P = diag(sqrt(nu) + eps) / eta."""
+
+    learning_rate: Float[Array, ""] | Schedule
+    beta2: Float[Array, ""]
+    eps: Float[Array, ""]
+    bias_correction: bool = eqx.field(static=True)
+
+    def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
+        self.learning_rate = checked_learning_rate(learning_rate)
+        self.beta2, self.eps = _checked_moments(beta2, eps)
+        self.bias_correction = bool(bias_correction)
+
+    def moment(self, gradient_sq: Vector) -> Diagonal:
+        return gradient_sq
+
+
+class ScalarRMSProp(_AbstractRMSProp):
+    """RMSProp with one second moment for all parameters: nu <- beta2 nu + (1 - beta2)
+    |g|^2, then w <- w - eta g / (sqrt(nu) + eps). P = (sqrt(nu) + eps) / eta."""
+
+    learning_rate: Float[Array, ""] | Schedule
+    beta2: Float[Array, ""]
+    eps: Float[Array, ""]
+    bias_correction: bool = eqx.field(static=True)
+
+    def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
+        self.learning_rate = checked_learning_rate(learning_rate)
+        self.beta2, self.eps = _checked_moments(beta2, eps)
+        self.bias_correction = bool(bias_correction)
+
+    def moment(self, gradient_sq: Vector) -> Diagonal:
+        return jnp.sum(gradient_sq)
+
+
+RMSProp.__doc__ += _ARGUMENTS
+ScalarRMSProp.__doc__ += _ARGUMENTS
+
+
+def _checked_moments(beta2, eps) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    beta2, eps = (jnp.asarray(x, jnp.result_type(float)) for x in (beta2, eps))
+    if not is_traced(beta2) and not (beta2.shape == () and 0 < float(beta2) < 1):
+        raise ValueError(f"`beta2` must be a number between 0 and 1, got {beta2}.")
+    if not is_traced(eps) and not (eps.shape == () and 0 <= float(eps) < jnp.inf):
+        raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
+    return beta2, eps

@@ -1,0 +1,299 @@
+"""The prediction of a run: a flow, integrated."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from .flows import AbstractFlow, CentralFlow, FlowState
+from .flows.base import Work
+from .objective import FlatObjective, Objective, is_traced
+from .optimizers import AbstractOptimizer
+from .results import RESULTS
+from .running import Clock, check_metrics, check_start, check_times, show_progress
+from .trajectory import Trajectory, finish
+
+
+def predict(
+    objective: Objective,
+    model: PyTree,
+    optimizer: AbstractOptimizer,
+    steps: int,
+    *,
+    flow: AbstractFlow | None = None,
+    optimizer_state: PyTree = None,
+    times: Iterable[Any] | None = None,
+    metrics: dict[str, Callable] | None = None,
+    weight_times: Iterable[Any] | None = None,
+    rtol: float | None = None,
+    progress: bool | None = None,
+    throw: bool = True,
+) -> Trajectory:
+    """Predict a run of the optimizer without making its steps.
+
+    **Arguments:**
+
+    - `objective`, `model`, `optimizer`, `steps`, `optimizer_state`: as of
+        [`centralflow.train`][].
+    - `flow`: what to integrate: [`centralflow.CentralFlow`][], the default, or
+        [`centralflow.StableFlow`][].
+    - `times`: the times to report, increasing, in optimizer steps, within
+        [0, `steps`]; by default 0, 1, ..., `steps`.
+    - `metrics`: functions h of the model, by name. The central flow reports their
+        predicted time-averages E[h] = h + <hess h, Sigma> / 2.
+    - `weight_times`: times at which to keep the weights, besides 0 and `steps`.
+    - `rtol`: the relative tolerance of flows with an adaptive step size.
+    - `progress`: show a progress bar; by default if the session is interactive.
+    - `throw`: raise [`centralflow.NumericalFailure`][] if the integration fails.
+        Otherwise the trajectory up to there is returned, and its `result` says so.
+
+    **Returns:**
+
+    A [`centralflow.Trajectory`][].
+
+    **Raises:**
+
+    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][].
+    A warning if the sharpness is above critical at the start.
+    """
+    flow = CentralFlow() if flow is None else flow
+    if not isinstance(flow, AbstractFlow):
+        raise ValueError(
+            f"`flow` must be a flow such as `CentralFlow()`, got {flow!r}."
+        )
+    if rtol is not None and not 0 < rtol < 1:
+        raise ValueError(f"`rtol` must be between 0 and 1, got {rtol!r}.")
+    flat, weights, optimizer_state = check_start(
+        objective, model, optimizer, steps, optimizer_state
+    )
+    metrics = check_metrics(metrics, flat, weights)
+    times = check_times("times", range(steps + 1) if times is None else times, steps)
+    kept = (
+        [] if weight_times is None else check_times("weight_times", weight_times, steps)
+    )
+    kept = np.unique([0, *kept, steps])
+    traced = is_traced((flat, weights, optimizer, optimizer_state))
+    show = show_progress(progress) and not traced
+    meter = diffrax.TqdmProgressMeter() if show else diffrax.NoProgressMeter()
+
+    clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
+    y, solver_state, parts, reached = None, None, [], -1.0
+    while True:
+        problem = _Problem(flow, flat, optimizer, metrics)
+        if not parts:
+            y = clock(_first, problem, weights, optimizer_state)
+        y, solver_state = clock(_start, problem, y, solver_state)
+        if not parts and not traced:
+            _warn_if_unstable(y, optimizer)
+        part = clock(
+            _integrate,
+            problem,
+            y,
+            solver_state,
+            as_times(max(reached, 0.0)),
+            as_times(steps),
+            # The end is always among the times, so that there is one.
+            as_times(np.union1d(times[times > reached], [steps])),
+            as_times(kept[kept > reached]),
+            rtol,
+            meter,
+        )
+        parts.append(part)
+        y, solver_state = part.y, part.solver_state
+        if traced or part.result != RESULTS.block_full:
+            break
+        # More eigenvalues became critical than the block can hold: go on with a larger
+        # one, whose shapes need a new program.
+        reached, flow = float(part.time), flow.enlarge()
+
+    result = parts[-1].result
+    series = _join([part.series for part in parts])
+    series_times, kept_times = series.pop("t"), jnp.asarray(kept, weights.dtype)
+    kept_weights = jnp.concatenate([part.weights for part in parts])
+    if times[-1] < steps:
+        series = jax.tree.map(lambda x: x[: times.size], series)
+        series_times = series_times[: times.size]
+    work = jax.tree.map(lambda *x: sum(x), *[part.work for part in parts])
+    if not traced:
+        # What an integration that stopped early did not reach is infinite or NaN.
+        rows = int(np.sum(np.isfinite(np.asarray(series["loss"]))))
+        series = jax.tree.map(lambda x: x[:rows], series)
+        series_times = series_times[:rows]
+        good = np.all(np.isfinite(np.asarray(kept_weights)), axis=1)
+        kept_times, kept_weights = kept_times[good], kept_weights[good]
+    unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
+    trajectory = Trajectory(
+        times=series_times,
+        loss=series["loss"],
+        mean_loss=series["mean_loss"],
+        grad_norm_sq=series["grad_norm_sq"],
+        mean_grad_norm_sq=series["mean_grad_norm_sq"],
+        sharpness=series.get("sharpness", unknown),
+        oscillation=series.get("oscillation", unknown),
+        metrics=series["metrics"],
+        weight_times=kept_times,
+        weights=kept_weights,
+        model=flat.model(y.weights),
+        optimizer_state=y.optimizer_state,
+        critical_sharpness=optimizer.critical_sharpness,
+        result=result,
+        stats=dict(
+            gradients=work.gradients + 1,
+            hvps=work.hvps,
+            third_derivatives=work.third_derivatives,
+            unconverged=work.unconverged,
+            accepted_steps=sum(part.accepted for part in parts),
+            rejected_steps=sum(part.rejected for part in parts),
+            seconds=clock.seconds,
+            compile_seconds=clock.compile_seconds,
+        ),
+    )
+    return trajectory if traced else finish(trajectory, throw)
+
+
+class _Problem(eqx.Module):
+    flow: AbstractFlow
+    objective: FlatObjective
+    optimizer: AbstractOptimizer
+    metrics: dict[str, Callable]
+
+    def term(self) -> diffrax.AbstractTerm:
+        return self.flow.term(self.objective, self.optimizer, self.metrics)
+
+
+class _Part(eqx.Module):
+    """A stretch of an integration with one size of block."""
+
+    series: dict[str, PyTree[Array]]
+    weights: Float[Array, "S n"]
+    y: FlowState
+    solver_state: Any
+    time: Float[Array, ""]
+    result: RESULTS
+    work: Work
+    accepted: Int[Array, ""]
+    rejected: Int[Array, ""]
+
+
+@eqx.filter_jit
+def _first(problem: _Problem, weights: Array, optimizer_state: PyTree) -> FlowState:
+    # The state of a flow at time t has taken in the gradient at time t.
+    gradient = problem.objective.grad(weights)
+    state = problem.optimizer.update_state(optimizer_state, gradient)
+    return FlowState(weights, state, {})
+
+
+@eqx.filter_jit
+def _start(problem: _Problem, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+    return problem.flow.start(problem.term(), y, previous)
+
+
+@eqx.filter_jit
+def _integrate(
+    problem: _Problem,
+    y: FlowState,
+    solver_state: Any,
+    t0: Array,
+    t1: Array,
+    times: Float[Array, " T"],
+    kept: Float[Array, " S"],
+    rtol: float | None,
+    meter: diffrax.AbstractProgressMeter,
+) -> _Part:
+    flow, term = problem.flow, problem.term()
+    controller, dt0 = flow.stepsize(rtol)
+    observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
+    solution = diffrax.diffeqsolve(
+        term,
+        flow.solver(),
+        t0,
+        t1,
+        dt0,
+        y,
+        solver_state=solver_state,
+        saveat=diffrax.SaveAt(
+            subs=dict(
+                series=diffrax.SubSaveAt(ts=times, fn=observe),
+                weights=diffrax.SubSaveAt(ts=kept, fn=lambda t, y, args: y.weights),
+                end=diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: (t, y)),
+            ),
+            solver_state=True,
+        ),
+        stepsize_controller=controller,
+        event=flow.event(),
+        adjoint=diffrax.ForwardMode(),
+        max_steps=None,
+        throw=False,
+        progress_meter=meter,
+    )
+    time, y = jax.tree.map(lambda x: x[0], solution.ys["end"])
+    result = RESULTS.promote(solution.result)
+    for code, meaning in (
+        (RESULTS.event_occurred, RESULTS.block_full),
+        (RESULTS.nonfinite, RESULTS.diverged),
+    ):
+        result = RESULTS.where(result == code, meaning, result)
+    # A block that fills up in the very last step does no harm.
+    full = (result == RESULTS.block_full) & (time >= t1)
+    result = RESULTS.where(full, RESULTS.successful, result)
+    steps = solution.stats["num_steps"]
+    return _Part(
+        series=solution.ys["series"],
+        weights=solution.ys["weights"],
+        y=y,
+        solver_state=solution.solver_state,
+        time=time,
+        result=result,
+        work=flow.work(solution.solver_state, steps, times.size),
+        accepted=solution.stats["num_accepted_steps"],
+        rejected=solution.stats["num_rejected_steps"],
+    )
+
+
+def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The series one after another; the last has the widest blocks and the rows that
+    the others did not reach."""
+    width = lambda part: part["sharpness"].shape[1]
+    if len(parts) > 1:
+        widest = width(parts[-1])
+        parts = [*(_reached(part) for part in parts[:-1]), parts[-1]]
+        parts = [
+            {
+                **part,
+                "sharpness": _pad(part["sharpness"], widest, jnp.nan),
+                "oscillation": _pad(part["oscillation"], widest, 0),
+            }
+            for part in parts
+        ]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _reached(series: dict[str, Any]) -> dict[str, Any]:
+    rows = int(np.sum(np.isfinite(np.asarray(series["loss"]))))
+    return jax.tree.map(lambda x: x[:rows], series)
+
+
+def _pad(x: Float[Array, "T k"], width: int, value: float) -> Float[Array, "T K"]:
+    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=value)
+
+
+def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
+    if "sharpness" not in y.observables:
+        return
+    sharpness = float(y.observables["sharpness"][0])
+    critical = float(optimizer.critical_sharpness)
+    if sharpness > 1.05 * critical:
+        warnings.warn(
+            f"The sharpness at the start, {sharpness:.4g}, is above the critical "
+            f"{critical:.4g}: the optimizer itself is unstable there, and no central "
+            "flow describes its first steps. Make a few steps with "
+            "`warm = train(...)` and predict from `warm.model` and "
+            "`warm.optimizer_state`, or lower the learning rate.",
+            stacklevel=3,
+        )

@@ -1,0 +1,140 @@
+"""What `train` and `predict` share: checks of their arguments, progress, the clock."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .objective import FlatObjective, Objective, is_traced
+from .optimizers import AbstractOptimizer
+
+
+def check_start(
+    objective: Objective,
+    model: PyTree,
+    optimizer: AbstractOptimizer,
+    steps: int,
+    optimizer_state: PyTree,
+) -> tuple[FlatObjective, Float[Array, " n"], PyTree]:
+    """The flat objective, the weights and the optimizer state, once they make sense."""
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"`objective` must be a `centralflow.Objective`, got {objective!r}: wrap "
+            "the loss and the data in `Objective(loss_fn, data)`."
+        )
+    if not isinstance(optimizer, AbstractOptimizer):
+        raise ValueError(
+            "`optimizer` must be a `centralflow.AbstractOptimizer` such as "
+            f"`GradientDescent(0.1)`, got {optimizer!r}."
+        )
+    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+    if not whole or steps < 1:
+        raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+    weights, flat = objective.flatten(model)
+    loss = eqx.filter_eval_shape(flat.loss, weights)
+    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
+        raise ValueError(
+            "`loss_fn` must return a scalar, the mean over the examples of the batch; "
+            f"it returned {jax.tree.map(lambda x: x.shape, loss)}."
+        )
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"`loss_fn` must return a real number, got {loss.dtype}.")
+    like = eqx.filter_eval_shape(optimizer.init, weights)
+    if optimizer_state is None:
+        optimizer_state = optimizer.init(weights)
+    elif _shapes(optimizer_state) != _shapes(like):
+        raise ValueError(
+            f"`optimizer_state` does not belong to this optimizer and model: it has "
+            f"the arrays {_shapes(optimizer_state)}, not {_shapes(like)}."
+        )
+    if not is_traced((objective, weights, optimizer, optimizer_state)):
+        value = float(eqx.filter_jit(flat.loss)(weights))
+        if not np.isfinite(value):
+            raise ValueError(
+                f"`loss_fn` returned {value} at the initial `model`: the loss must be "
+                "finite at the start. Look for NaN or infinity in the data and the "
+                "parameters."
+            )
+    return flat, weights, optimizer_state
+
+
+def check_times(name: str, times: Iterable[Any], steps: int) -> Float[np.ndarray, " T"]:
+    """`times` as a float64 array, once they make sense."""
+    times = np.asarray(times, float)
+    if times.ndim != 1 or times.size == 0:
+        raise ValueError(
+            f"`{name}` must be a non-empty list of times, got shape {times.shape}."
+        )
+    if not np.all(np.isfinite(times)) or np.any(np.diff(times) <= 0):
+        raise ValueError(
+            f"`{name}` must be finite and strictly increasing, got {times}."
+        )
+    if times[0] < 0 or times[-1] > steps:
+        raise ValueError(
+            f"`{name}` must lie in [0, steps] = [0, {steps}], got {times[0]:g} to "
+            f"{times[-1]:g}."
+        )
+    return times
+
+
+def check_metrics(
+    metrics: dict[str, Callable] | None, objective: FlatObjective, weights: Array
+) -> dict[str, Callable]:
+    """`metrics` as a dictionary, once every value is a function of the model."""
+    for name, fn in (metrics or {}).items():
+        if not isinstance(name, str) or not callable(fn):
+            raise ValueError(
+                f"`metrics` must map names to functions of the model, got {name!r}: "
+                f"{fn!r}."
+            )
+    return dict(metrics or {})
+
+
+def show_progress(progress: bool | None) -> bool:
+    """By default progress is shown where somebody may be looking at it."""
+    if progress is None:
+        return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return progress
+
+
+class Clock:
+    """Times calls of jitted functions, compilation apart from execution."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.compile_seconds = 0.0
+
+    def __call__(self, fn: Callable, *args: Any) -> Any:
+        if is_traced(args):
+            return fn(*args)
+        start = time.perf_counter()
+        _last_compilation.clear()
+        out = jax.block_until_ready(fn(*args))
+        end = time.perf_counter()
+        # A call traces, lowers, compiles and then runs: it ran from the end of the
+        # last compilation on.
+        ran = max([start, *_last_compilation])
+        self.compile_seconds += ran - start
+        self.seconds += end - ran
+        return out
+
+
+_last_compilation: list[float] = []
+
+
+def _listen(event: str, duration: float, **kwargs: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _last_compilation.append(time.perf_counter())
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def _shapes(tree: PyTree) -> Any:
+    return jax.tree.map(lambda x: tuple(jnp.shape(x)), tree)

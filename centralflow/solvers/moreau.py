@@ -1,0 +1,156 @@
+"""Moreau time stepping of a differential equation with a complementarity constraint."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..sdcp import SDCPSolution, solve_sdcp
+
+
+class AbstractComplementarityTerm(diffrax.AbstractTerm):
+    """The differential equation with a semidefinite complementarity constraint
+
+        dy/dt = f(y, X),      0 <= X  perpendicular to  C(y) >= 0,
+
+    with f affine in the symmetric matrix X [k, k] and C(y) [k, k] symmetric. What is
+    known at a point y, other than X, is its `expansion`.
+    """
+
+    @abc.abstractmethod
+    def expand(self, y: PyTree, previous: Any) -> Any:
+        """The expansion at y, warm-started from the one at a point near by."""
+
+    @abc.abstractmethod
+    def rate(self, y: PyTree, expansion: Any, X: Float[Array, "k k"]) -> PyTree:
+        """f(y, X)."""
+
+    @abc.abstractmethod
+    def constraint(self, expansion: Any) -> Float[Array, "k k"]:
+        """C(y)."""
+
+    @abc.abstractmethod
+    def constraint_rate(
+        self, y: PyTree, expansion: Any, rate: PyTree
+    ) -> Float[Array, "k k"]:
+        """dC/dy applied to `rate`."""
+
+    @abc.abstractmethod
+    def active(self, expansion: Any) -> Int[Array, ""]:
+        """How many leading rows of C may be tight during the next step. X is zero in
+        the others."""
+
+    @abc.abstractmethod
+    def record(self, y: PyTree, expansion: Any, X: Float[Array, "k k"]) -> PyTree:
+        """y with its observables, if it carries any, brought up to date."""
+
+    @abc.abstractmethod
+    def is_finite(self, y: PyTree, expansion: Any) -> Bool[Array, ""]:
+        """Whether the solution still makes sense."""
+
+    def contr(self, t0, t1, **kwargs):
+        return t1 - t0
+
+    def prod(self, vf, control):
+        return jax.tree.map(lambda x: control * x, vf)
+
+
+class _State(eqx.Module):
+    expansion: Any
+    X: Float[Array, "k k"]
+
+
+class Moreau(diffrax.AbstractSolver):
+    """Time stepping with the constraint imposed at the end of each step.
+
+    With everything evaluated at the start of a step of length dt,
+
+        y1 = y0 + dt f(y0, X),     0 <= X  perpendicular to  C + dt C' f(y0, X) >= 0,
+
+    a semidefinite complementarity problem with A = C + dt C' f(y0, 0) and
+    B = dt C' (f(y0, .) - f(y0, 0)). To pose it on the rate C' f >= 0 of the tight rows
+    instead would let C drift; here C itself stands in A, so that a violation is pulled
+    back in the next step, and rows become tight and leave by themselves. First order.
+
+    X belongs to the *start* of a step but is computed at the end of the previous one,
+    so that the observables of y1 can use it.
+
+    ??? cite "Reference"
+
+        J. J. Moreau, *Evolution problem associated with a moving convex set in a
+        Hilbert space*, Journal of Differential Equations 26 (1977).
+    """
+
+    term_structure: ClassVar = AbstractComplementarityTerm
+    interpolation_cls: ClassVar[Callable] = diffrax.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 1
+
+    def start(self, term, y0, dt, previous) -> tuple[PyTree, _State]:
+        """y0 with its observables, and the solver state there."""
+        return _complete(term, y0, previous, dt)
+
+    def init(self, terms, t0, t1, y0, args) -> _State:
+        return self.start(terms.term, y0, t1 - t0, None)[1]
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del args, made_jump
+        term, dt = terms.term, t1 - t0
+        rate = term.rate(y0, solver_state.expansion, solver_state.X)
+        y1 = jax.tree.map(lambda y, r: y + dt * r, y0, rate)
+        y1, new_state = _complete(term, y1, solver_state.expansion, dt)
+        good = term.is_finite(y1, new_state.expansion)
+        result = diffrax.RESULTS.where(
+            good, diffrax.RESULTS.successful, diffrax.RESULTS.nonfinite
+        )
+        # A failed step reports its NaNs but does not put them into the solution.
+        keep = lambda new, old: jax.tree.map(
+            lambda a, b: jnp.where(good, a, b), new, old
+        )
+        info = dict(y0=y0, y1=y1)
+        return keep(y1, y0), None, info, keep(new_state, solver_state), result
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def _complete(term, y, previous, dt) -> tuple[PyTree, _State]:
+    expansion = term.expand(y, previous)
+    X = multiplier(term, y, expansion, dt).X
+    return term.record(y, expansion, X), _State(expansion, X)
+
+
+def multiplier(
+    term: AbstractComplementarityTerm, y: PyTree, expansion: Any, dt
+) -> SDCPSolution:
+    """The multiplier X of the constraint, linearized, at the end of a step dt."""
+    C = term.constraint(expansion)
+    k = C.shape[0]
+    active = term.active(expansion)
+
+    def end(X):
+        rate = term.rate(y, expansion, X)
+        return C + dt * term.constraint_rate(y, expansion, rate)
+
+    A, response = jax.linearize(end, jnp.zeros_like(C))
+    # B on the basis of symmetric matrices, the pairs of the leading rows first.
+    rows, columns = (jnp.asarray(x) for x in np.tril_indices(k))
+
+    def column(p, B):
+        i, j = rows[p], columns[p]
+        E = jnp.zeros_like(C).at[i, j].add(0.5).at[j, i].add(0.5)
+        image = response(E)
+        return B.at[:, :, i, j].set(image).at[:, :, j, i].set(image)
+
+    B = jnp.zeros((k, k, k, k), C.dtype)
+    B = jax.lax.fori_loop(0, active * (active + 1) // 2, column, B)
+    # Self-adjoint in exact arithmetic; rounding must not make it otherwise.
+    B = (B + B.transpose(2, 3, 0, 1)) / 2
+    return solve_sdcp(A, B, jnp.arange(k) < active)

@@ -1,0 +1,301 @@
+"""The discrete optimizer, run and recorded."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from tqdm.auto import tqdm
+
+from .eigen import top_eigenpairs
+from .objective import FlatObjective, Objective, is_traced
+from .optimizers import AbstractOptimizer
+from .results import RESULTS
+from .running import Clock, check_metrics, check_start, check_times, show_progress
+from .trajectory import Trajectory, finish
+
+_GUARDS = 2
+_RESIDUAL = 1e-2  # over the largest eigenvalue
+
+
+def train(
+    objective: Objective,
+    model: PyTree,
+    optimizer: AbstractOptimizer,
+    steps: int,
+    *,
+    optimizer_state: PyTree = None,
+    sharpness_every: int | None = None,
+    sharpness_count: int = 1,
+    metrics: dict[str, Callable] | None = None,
+    weight_times: Iterable[Any] | None = None,
+    progress: bool | None = None,
+    throw: bool = True,
+) -> Trajectory:
+    """Run the optimizer on the full data set.
+
+    **Arguments:**
+
+    - `objective`: the loss, a [`centralflow.Objective`][].
+    - `model`: any PyTree; its inexact-array leaves are trained.
+    - `optimizer`: a [`centralflow.AbstractOptimizer`][].
+    - `steps`: how many steps to make.
+    - `optimizer_state`: where to start from; by default `optimizer.init`.
+    - `sharpness_every`: measure the top eigenvalues of P^-1 H, at the second-order
+        midpoints, and the variances of the oscillation, every so many steps. An even
+        number of ten or more averages the variances well. By default never.
+    - `sharpness_count`: how many eigenvalues.
+    - `metrics`: functions of the model to record at every step, by name.
+    - `weight_times`: integer times at which to keep the weights, besides 0 and `steps`.
+    - `progress`: show a progress bar; by default if the session is interactive.
+    - `throw`: raise [`centralflow.NumericalFailure`][] if the run diverges. Otherwise
+        the trajectory up to there is returned, and its `result` says so.
+
+    **Returns:**
+
+    A [`centralflow.Trajectory`][] with `times` 0, 1, ..., `steps`.
+
+    **Raises:**
+
+    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][].
+    """
+    flat, weights, optimizer_state = check_start(
+        objective, model, optimizer, steps, optimizer_state
+    )
+    metrics = check_metrics(metrics, flat, weights)
+    for name, value in (("every", sharpness_every), ("count", sharpness_count)):
+        if value is None and name == "every":
+            continue
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(
+                f"`sharpness_{name}` must be a positive integer, got {value!r}."
+            )
+    kept = (
+        [] if weight_times is None else check_times("weight_times", weight_times, steps)
+    )
+    kept = np.unique([0, *kept, steps])
+    if np.any(kept != np.round(kept)):
+        raise ValueError(f"`weight_times` must be integers for `train`, got {kept}.")
+
+    settings = _Settings(
+        flat, optimizer, metrics, int(steps), sharpness_every, int(sharpness_count)
+    )
+    clock, kept = Clock(), jnp.asarray(kept, int)
+    state = clock(_init, settings, weights, optimizer_state, kept.size)
+    traced = is_traced(state)
+    show = show_progress(progress) and not traced
+    chunk = max(1, -(-steps // 100)) if show else steps + 1
+    with tqdm(total=steps, disable=not show, desc="train") as bar:
+        for stop in range(chunk, steps + 1 + chunk, chunk):
+            state = clock(_advance, settings, state, kept, min(stop, steps + 1))
+            bar.update(min(stop, steps) - bar.n)
+            if not traced and bool(state.diverged):
+                break
+
+    end, kept_end = steps + 1, kept.size
+    if not traced and state.diverged:
+        end = int(state.step)
+        kept_end = int(np.sum(np.asarray(kept) < end))
+    series = jax.tree.map(lambda x: x[:end], state.series)
+    dtype = series["loss"].dtype
+    trajectory = Trajectory(
+        times=jnp.arange(end, dtype=dtype),
+        loss=series["loss"],
+        mean_loss=series["loss"],
+        grad_norm_sq=series["grad_norm_sq"],
+        mean_grad_norm_sq=series["grad_norm_sq"],
+        sharpness=_at_measurements(state.sharpness, sharpness_every, steps)[:end],
+        oscillation=_at_measurements(state.oscillation, sharpness_every, steps)[:end],
+        metrics=series["metrics"],
+        weight_times=kept[:kept_end].astype(dtype),
+        weights=state.kept[:kept_end],
+        model=flat.model(jnp.where(state.diverged, state.previous, state.weights)),
+        optimizer_state=state.optimizer_state,
+        critical_sharpness=optimizer.critical_sharpness,
+        result=RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful),
+        stats=dict(
+            gradients=state.step + state.diverged,
+            hvps=state.hvps,
+            third_derivatives=0,
+            unconverged=state.unconverged,
+            accepted_steps=state.step - ~state.diverged,
+            rejected_steps=0,
+            seconds=clock.seconds,
+            compile_seconds=clock.compile_seconds,
+        ),
+    )
+    return trajectory if traced else finish(trajectory, throw)
+
+
+class _Settings(eqx.Module):
+    flat: FlatObjective
+    optimizer: AbstractOptimizer
+    metrics: dict[str, Callable]
+    steps: int = eqx.field(static=True)
+    every: int | None = eqx.field(static=True)
+    count: int = eqx.field(static=True)
+
+
+class _State(eqx.Module):
+    step: Int[Array, ""]
+    weights: Float[Array, " n"]
+    previous: Float[Array, " n"]
+    optimizer_state: PyTree
+    series: dict[str, PyTree[Array]]  # a row for each step
+    kept: Float[Array, "S n"]
+    diverged: Bool[Array, ""]
+    # The measurements, a row for each, and what they go on from.
+    sharpness: Float[Array, "M K"]
+    oscillation: Float[Array, "M K"]
+    eigenvectors: Float[Array, "k n"]
+    covariance: Float[Array, "k k"]
+    hvps: Int[Array, ""]
+    unconverged: Int[Array, ""]
+
+
+@eqx.filter_jit
+def _init(
+    settings: _Settings, weights: Array, optimizer_state: PyTree, kept: int
+) -> _State:
+    s, n, dtype = settings, weights.size, weights.dtype
+    one = lambda w: dict(
+        loss=s.flat.loss(w),
+        grad_norm_sq=w @ w,
+        metrics={name: fn(s.flat.model(w)) for name, fn in s.metrics.items()},
+    )
+    series = jax.tree.map(
+        lambda x: jnp.zeros((s.steps + 1, *x.shape), x.dtype),
+        jax.eval_shape(one, weights),
+    )
+    k = min(s.count + _GUARDS, n)
+    measurements = 0 if s.every is None else s.steps // s.every + 1
+    none = jnp.full((measurements, s.count), jnp.nan, dtype)
+    return _State(
+        step=jnp.array(0),
+        weights=weights,
+        previous=weights,
+        optimizer_state=optimizer_state,
+        series=series,
+        kept=jnp.zeros((kept, n), dtype),
+        diverged=jnp.array(False),
+        sharpness=none,
+        oscillation=none,
+        eigenvectors=jr.normal(jr.key(0), (k, n), dtype),
+        covariance=jnp.zeros((k, k), dtype),
+        hvps=jnp.array(0),
+        unconverged=jnp.array(0),
+    )
+
+
+@eqx.filter_jit
+def _advance(
+    settings: _Settings, state: _State, kept: Int[Array, " S"], stop: int | Array
+) -> _State:
+    """Step until `stop` rows are recorded, or a loss is not finite."""
+    return jax.lax.while_loop(
+        lambda state: (state.step < stop) & ~state.diverged,
+        lambda state: _step(settings, state, kept),
+        state,
+    )
+
+
+def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
+    """Record the iterate at `state.step` and, unless it is the last, leave it."""
+    s, t, w = settings, state.step, state.weights
+    loss, gradient = s.flat.value_and_grad(w)
+    record = dict(
+        loss=loss,
+        grad_norm_sq=gradient @ gradient,
+        metrics={name: fn(s.flat.model(w)) for name, fn in s.metrics.items()},
+    )
+    series = jax.tree.map(lambda x, row: x.at[t].set(row), state.series, record)
+    diverged = ~(jnp.isfinite(loss) & jnp.isfinite(record["grad_norm_sq"]))
+    new_w, new_s = s.optimizer.update(w, state.optimizer_state, gradient)
+
+    if s.every is not None:
+        # (w_{t+1} - 2 w_t + w_{t-1}) / 4 is zero on the linear part of the path and
+        # -delta_t on an oscillation w_t = w + delta_t of period two.
+        curve = jnp.where(t == 0, 0, new_w - 2 * w + state.previous) / 4
+        P = s.optimizer.preconditioner(new_s)
+        a = state.eigenvectors @ (P * -curve)
+        state = eqx.tree_at(
+            lambda x: x.covariance, state, state.covariance + jnp.outer(a, a)
+        )
+        state = jax.lax.cond(
+            (t % s.every == 0) & ~diverged,
+            lambda state: _measure(s, state, w + curve, P),
+            lambda state: state,
+            state,
+        )
+
+    # The last iterate is recorded and not left; a run that diverged keeps its last
+    # finite iterate in `previous`.
+    moves = (t < s.steps) & ~diverged
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, old)
+    return _State(
+        step=jnp.where(moves, t + 1, t) + (t == s.steps) * ~diverged,
+        weights=keep(new_w, w),
+        previous=jnp.where(diverged, state.previous, w),
+        optimizer_state=keep(new_s, state.optimizer_state),
+        series=series,
+        kept=jnp.where((kept == t)[:, None], w, state.kept),
+        diverged=diverged,
+        sharpness=state.sharpness,
+        oscillation=state.oscillation,
+        eigenvectors=state.eigenvectors,
+        covariance=state.covariance,
+        hvps=state.hvps,
+        unconverged=state.unconverged,
+    )
+
+
+def _measure(
+    s: _Settings, state: _State, midpoint: Float[Array, " n"], P: Any
+) -> _State:
+    """The top eigenpairs of P^-1 H at the midpoint, and the mean of the oscillation's
+    covariance since the last measurement."""
+    scale, k = jnp.sqrt(P), state.eigenvectors.shape[0]
+    pairs = top_eigenpairs(
+        lambda V, count: s.flat.hvps(midpoint, V / scale, count) / scale,
+        state.eigenvectors * scale,
+        k,
+        min(s.count, k),
+        tolerance=_RESIDUAL,
+        max_sweeps=200,
+    )
+    row = state.step // s.every
+    variances = jnp.linalg.eigvalsh(state.covariance)[::-1] / s.every
+    first = lambda x: jnp.full(s.count, jnp.nan, x.dtype).at[:k].set(x[: s.count])
+    return eqx.tree_at(
+        lambda x: (
+            x.sharpness,
+            x.oscillation,
+            x.eigenvectors,
+            x.covariance,
+            x.hvps,
+            x.unconverged,
+        ),
+        state,
+        (
+            state.sharpness.at[row].set(first(pairs.values)),
+            state.oscillation.at[row].set(
+                jnp.where(row == 0, jnp.nan, first(variances))
+            ),
+            pairs.vectors / scale,
+            jnp.zeros_like(state.covariance),
+            state.hvps + pairs.products,
+            state.unconverged + ~pairs.converged,
+        ),
+    )
+
+
+def _at_measurements(
+    measured: Float[Array, "M K"], every: int | None, steps: int
+) -> Float[Array, "T K"]:
+    """A row for each step, NaN where nothing was measured."""
+    series = jnp.full((steps + 1, measured.shape[1]), jnp.nan, measured.dtype)
+    return series if every is None else series.at[::every].set(measured)

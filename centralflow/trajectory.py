@@ -1,0 +1,215 @@
+"""What a run returns, discrete or continuous, and how it is saved."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .results import RESULTS, name_of
+
+_FORMAT = "centralflow trajectory 1"
+_SERIES = (
+    "times",
+    "loss",
+    "mean_loss",
+    "grad_norm_sq",
+    "mean_grad_norm_sq",
+    "sharpness",
+    "oscillation",
+    "weight_times",
+    "weights",
+)
+
+
+class Trajectory(eqx.Module):
+    """A run of an optimizer, or of a flow that predicts one.
+
+    **Attributes:** (T reported times, K tracked eigenvalues, n parameters)
+
+    - `times`: `[T]`, in optimizer steps from the start of this run.
+    - `loss`: `[T]`, the loss at the iterate.
+    - `mean_loss`: `[T]`. Of a flow: the predicted time-average of the optimizer's loss.
+        Of a discrete run: `loss`.
+    - `grad_norm_sq`, `mean_grad_norm_sq`: `[T]`, the same for the squared norm of the
+        gradient.
+    - `sharpness`: `[T, K]`, the top eigenvalues of P^-1 H, descending; NaN where not
+        tracked. Of a discrete run they are measured at the second-order midpoints
+        (2 w_t + w_{t+1} + w_{t-1}) / 4, where most of the oscillation cancels.
+    - `oscillation`: `[T, K]`, the variances of the oscillation: eigenvalues of its
+        covariance in the tracked eigenspace in the P-inner product, descending. Of a
+        discrete run they are averages over the steps since the previous measurement.
+    - `metrics`: user-defined series, each `[T, ...]`.
+    - `weight_times`, `weights`: `[S]` and `[S, n]`, the flattened weights at a few
+        times, the first and the last among them.
+    - `model`, `optimizer_state`: at the end. The state of a flow has already taken in
+        the gradient at the end, that of a discrete run has not.
+    - `critical_sharpness`: where the optimizer's sharpness is pinned.
+    - `result`: how the run ended, one of [`centralflow.RESULTS`][].
+    - `stats`: `gradients`, `hvps`, `third_derivatives`, each a number of evaluations on
+        the full data set; `unconverged`, how often an inner solver stopped short of its
+        tolerance; `accepted_steps`, `rejected_steps`; `seconds` of execution and
+        `compile_seconds` apart.
+    """
+
+    times: Float[Array, " T"]
+    loss: Float[Array, " T"]
+    mean_loss: Float[Array, " T"]
+    grad_norm_sq: Float[Array, " T"]
+    mean_grad_norm_sq: Float[Array, " T"]
+    sharpness: Float[Array, "T K"]
+    oscillation: Float[Array, "T K"]
+    metrics: dict[str, PyTree[Array]]
+    weight_times: Float[Array, " S"]
+    weights: Float[Array, "S n"]
+    model: PyTree
+    optimizer_state: PyTree
+    critical_sharpness: Any
+    result: Any
+    stats: dict[str, Any]
+
+    @property
+    def gradient_equivalents(self) -> Any:
+        """The work as a number of gradients: a Hessian-vector product counts 2 and a
+        third derivative 4."""
+        s = self.stats
+        return s["gradients"] + 2 * s["hvps"] + 4 * s["third_derivatives"]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the trajectory to one `.npz` file of plain arrays, atomically.
+
+        **Arguments:**
+
+        - `path`: the file. Its folder must exist.
+        """
+        arrays = {name: np.asarray(getattr(self, name)) for name in _SERIES}
+        for name in ("metrics", "model", "optimizer_state"):
+            tree = eqx.filter(getattr(self, name), eqx.is_array)
+            for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                arrays[name + jax.tree_util.keystr(key)] = np.asarray(leaf)
+        arrays["header"] = np.array(
+            json.dumps(
+                {
+                    "format": _FORMAT,
+                    "critical_sharpness": float(self.critical_sharpness),
+                    "result": name_of(self.result),
+                    "stats": {k: np.asarray(v).item() for k, v in self.stats.items()},
+                }
+            )
+        )
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike, *, model: PyTree = None, optimizer_state: PyTree = None
+    ) -> "Trajectory":
+        """Read what [`centralflow.Trajectory.save`][] wrote. Nothing in the file is
+        executed.
+
+        **Arguments:**
+
+        - `path`: the file.
+        - `model`, `optimizer_state`: objects of the structure that was saved, whose
+            arrays are replaced. Without them the arrays come back in a dictionary from
+            their paths.
+
+        **Raises:**
+
+        `ValueError` if the file is not a trajectory or does not fit `model` or
+        `optimizer_state`.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            header = json.loads(str(arrays.pop("header")))
+            known = header["format"] == _FORMAT
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"`path`: {os.fspath(path)!r} is not a trajectory that this version "
+                "of centralflow can read."
+            ) from error
+        if not known:
+            raise ValueError(
+                f"`path`: {os.fspath(path)!r} has the format {header['format']!r}; "
+                f"this version of centralflow reads {_FORMAT!r}."
+            )
+        series = {name: jnp.asarray(arrays.pop(name)) for name in _SERIES}
+        metrics = {
+            key.removeprefix("metrics['").removesuffix("']"): jnp.asarray(value)
+            for key, value in arrays.items()
+            if key.startswith("metrics")
+        }
+        return Trajectory(
+            **series,
+            metrics=metrics,
+            model=_fill("model", model, arrays),
+            optimizer_state=_fill("optimizer_state", optimizer_state, arrays),
+            critical_sharpness=header["critical_sharpness"],
+            result=getattr(RESULTS, header["result"]),
+            stats=header["stats"],
+        )
+
+    def __str__(self) -> str:
+        if self.times.ndim != 1:
+            return repr(self)
+        end = "" if self.result == RESULTS.successful else f" ({RESULTS[self.result]})"
+        work = ", ".join(f"{k} {_short(v)}" for k, v in self.stats.items())
+        return (
+            f"Trajectory over steps {float(self.times[0]):g} to "
+            f"{float(self.times[-1]):g}{end}\n"
+            f"  loss {float(self.loss[0]):.4g} -> {float(self.loss[-1]):.4g}\n  {work}"
+        )
+
+
+class NumericalFailure(RuntimeError):
+    """A run that did not reach its end. What it had computed is in `trajectory`."""
+
+    def __init__(self, message: str, trajectory: Trajectory):
+        super().__init__(message)
+        self.trajectory = trajectory
+
+
+def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
+    """Raise if the run failed and `throw`; otherwise return it as it is."""
+    if throw and trajectory.result != RESULTS.successful:
+        raise NumericalFailure(
+            f"{RESULTS[trajectory.result]} The last finite values are those at step "
+            f"{float(trajectory.times[-1]):g}. Everything up to there is in the "
+            "`trajectory` attribute of this exception; `throw=False` returns it.",
+            trajectory,
+        )
+    return trajectory
+
+
+def _fill(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
+    saved = {k.removeprefix(name): v for k, v in arrays.items() if k.startswith(name)}
+    if like is None:
+        return {key: jnp.asarray(value) for key, value in saved.items()}
+    dynamic, static = eqx.partition(like, eqx.is_array)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(dynamic)
+    wanted = {jax.tree_util.keystr(key): leaf.shape for key, leaf in paths}
+    found = {key: value.shape for key, value in saved.items()}
+    if wanted != found:
+        raise ValueError(
+            f"`{name}` does not fit the file: it has arrays {wanted}, the file {found}."
+        )
+    leaves = [jnp.asarray(saved[jax.tree_util.keystr(key)]) for key, _ in paths]
+    return eqx.combine(jax.tree.unflatten(treedef, leaves), static)
+
+
+def _short(value: Any) -> str:
+    return f"{np.asarray(value).item():.4g}"

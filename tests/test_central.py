@@ -1,0 +1,244 @@
+"""The central flow on problems that are solved by hand, and its defining properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import centralflow as cf
+
+from .problems import parabola, tiny_loss, tiny_network
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("eps", [1e-2, 1e-3, 1e-4])
+def test_parabola(eps):
+    """f = (y + x) x^2/2 - eps (x + y): y rises at the rate eta eps to the edge 2/eta,
+    which it reaches at eps k = (2/eta - 5) / eta = 5.556, and stays there."""
+    eta, steps = 0.3, round(9 / eps)
+    objective, start = parabola(eps), jnp.array([0.0, 5.0])
+    optimizer = cf.GradientDescent(eta)
+    square = {"x^2": lambda w: w[0] ** 2}
+    times = np.unique(np.linspace(0, steps, 61).round())
+    kept = dict(weight_times=times)
+    flow = cf.predict(
+        objective,
+        start,
+        optimizer,
+        steps,
+        times=times,
+        metrics=square,
+        **kept,
+        flow=cf.CentralFlow(substeps=1),
+    )
+    run = cf.train(objective, start, optimizer, steps, metrics=square, **kept)
+
+    expected = np.minimum(5 + eta * eps * times, 2 / eta)
+    # x follows eps/y, and the sharpness is y + 3 x + O(eps^2): y differs from the
+    # leading order by 3 x <= 3 eps / 5, and dy/dt by eta x^2/2, 1e-2 of it in all.
+    np.testing.assert_allclose(flow.weights[:, 1], expected, atol=0.75 * eps + 1e-4)
+    assert np.all(np.abs(run.weights[:, 1] - flow.weights[:, 1]) < 9 * np.sqrt(eps))
+    # With y at rest, E[x^2] = 2 eps: of the flow exactly, up to the drift of y with x
+    late = times > 6.5 / eps
+    np.testing.assert_allclose(flow.metrics["x^2"][late] / eps, 2, rtol=2 * eps + 1e-6)
+    mean = np.mean(run.metrics["x^2"][round(7.5 / eps) :]) / eps
+    assert 1.995 < mean < 2.015  # known from long runs: 2.00 to 2.01
+
+
+def _matrix_problem(B):
+    """L(x, Y) = <Y, x x'>/2 - <B, Y> with Y a symmetric 2 x 2 matrix, in orthonormal
+    coordinates. At x = 0 the Hessian in x is Y and dY/dt = eta (B - Sigma/2): on
+    Y <= 2/eta, the flow is the projection of eta B on the tangent cone of that set."""
+    basis = jnp.stack(
+        [
+            jnp.array([[1.0, 0.0], [0.0, 0.0]]),
+            jnp.array([[0.0, 0.0], [0.0, 1.0]]),
+            jnp.array([[0.0, 1.0], [1.0, 0.0]]) / jnp.sqrt(2.0),
+        ]
+    )
+
+    def loss(w):
+        Y = jnp.tensordot(w["y"], basis, 1)
+        return 0.5 * w["x"] @ Y @ w["x"] - jnp.sum(B * Y)
+
+    coordinates = lambda Y: jnp.tensordot(basis, Y, 2)
+    matrix = lambda weights: jnp.tensordot(weights[:, 2:], basis, 1)
+    return cf.Objective(loss), coordinates, matrix
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_eigenvalues_become_critical_one_after_the_other():
+    """B = diag(b): y_i = min(y_i(0) + eta b_i t, 2/eta), then Sigma_ii = 2 b_i."""
+    eta, b, y0 = 0.5, np.array([0.02, 0.01]), np.array([3.6, 3.7])
+    objective, coordinates, matrix = _matrix_problem(jnp.diag(b))
+    start = dict(x=jnp.zeros(2), y=coordinates(jnp.diag(y0)))
+    times = np.arange(101.0)
+    flow = cf.predict(
+        objective, start, cf.GradientDescent(eta), 100, weight_times=times,
+        flow=cf.CentralFlow(substeps=2),
+    )  # fmt: skip
+    Y = matrix(flow.weights)
+    expected = np.minimum(y0 + eta * np.outer(times, b), 2 / eta)
+    # Exact between the times when an eigenvalue becomes critical (t = 40 and 60, both
+    # at the end of a step), up to the rounding and the eigensolver's residual.
+    np.testing.assert_allclose(Y[:, [0, 1], [0, 1]], expected, atol=1e-9)
+    np.testing.assert_allclose(Y[:, 0, 1], 0, atol=1e-9)
+    # oscillation = Sigma / eta
+    np.testing.assert_allclose(flow.oscillation[50, :2], [2 * b[0] / eta, 0], atol=1e-9)
+    np.testing.assert_allclose(flow.oscillation[80, :2], 2 * b / eta, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_exact_constrained_velocity_of_two_critical_eigenvalues():
+    """From Y = (2/eta) I: Sigma = 2 B_+ and dY/dt = -eta B_-, in B's eigenvectors: one
+    eigenvalue stays at the edge, held by the oscillation, and the other leaves it."""
+    eta, angle, rates = 0.5, 0.7, np.array([0.03, -0.01])
+    Q = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    objective, coordinates, matrix = _matrix_problem(jnp.asarray(Q * rates @ Q.T))
+    start = dict(x=jnp.zeros(2), y=coordinates(2 / eta * jnp.eye(2)))
+    times = np.arange(31.0)
+    flow = cf.predict(
+        objective, start, cf.GradientDescent(eta), 30, weight_times=times,
+        flow=cf.CentralFlow(substeps=1),
+    )  # fmt: skip
+    leaving = np.outer(Q[:, 1], Q[:, 1])
+    expected = 2 / eta * np.eye(2) + eta * rates[1] * times[:, None, None] * leaving
+    np.testing.assert_allclose(matrix(flow.weights), expected, atol=1e-9)
+    np.testing.assert_allclose(
+        flow.oscillation[:, :2],
+        np.outer(np.ones(31), [2 * rates[0] / eta, 0]),
+        atol=1e-9,
+    )
+    # E[L] = L + <H, Sigma>/2, and x = 0, where H Sigma = (2/eta) Sigma
+    np.testing.assert_allclose(
+        flow.mean_loss, flow.loss + (1 / eta) * 2 * rates[0], rtol=1e-9
+    )
+    # E|g|^2 = |g|^2 + tr(H Sigma H), and g = -B in y
+    np.testing.assert_allclose(
+        flow.mean_grad_norm_sq,
+        np.sum(rates**2) + (2 / eta) ** 2 * 2 * rates[0],
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_eigenvalue_closed_form():
+    """sigma^2 = 2 <-g, grad S> / |grad S|^2 for gradient descent, where it is positive
+    and S = lambda_max(H) = 2/eta."""
+    model, data = tiny_network(jnp.float64)
+    objective = cf.Objective(tiny_loss, data)
+    w, flat = objective.flatten(model)
+    H = jax.hessian(flat.loss)
+    S, gradient = jnp.linalg.eigvalsh(H(w))[-1], flat.grad(w)
+    grad_S = jax.grad(lambda w: jnp.linalg.eigvalsh(H(w))[-1])(w)
+    if gradient @ grad_S > 0:  # climb the loss instead, so that S rises
+        objective = cf.Objective(lambda m, batch: -tiny_loss(m, batch), data)
+        pytest.fail("choose another seed")
+    flow = cf.predict(
+        objective, model, cf.GradientDescent(2 / S), 1,
+        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9), times=[0.0, 1.0],
+    )  # fmt: skip
+    sigma_sq = 2 * (-gradient @ grad_S) / (grad_S @ grad_S)
+    # The SDCP is posed on the end of the step, linearized at its start: exact at S =
+    # 2/eta, where X = sigma^2 / eta.
+    np.testing.assert_allclose(flow.oscillation[0, 0], sigma_sq * S / 2, rtol=1e-7)
+
+
+def _at_the_edge(dtype):
+    """A small network that starts a little below the edge and soon has two critical
+    eigenvalues."""
+    model, data = tiny_network(dtype, width=10, examples=20, outputs=4, seed=3)
+    return cf.Objective(tiny_loss, data), model
+
+
+@pytest.mark.usefixtures("x64")
+def test_complementarity_along_a_run():
+    objective, model = _at_the_edge(jnp.float64)
+    flow = cf.predict(objective, model, cf.GradientDescent(0.9), 300)
+    kappa = 2.0
+    top = flow.sharpness[:, 0]
+    assert np.sum(flow.oscillation[:, 0] > 0) > 100, "the run must be at the edge"
+    # The constraint is linearized over a step: the excess is second order in dt.
+    assert np.nanmax(flow.sharpness) < kappa + 1e-3
+    assert np.all(flow.oscillation >= 0)
+    product = np.abs(kappa - top) * flow.oscillation[:, 0]
+    assert np.all(product < 1e-3 * np.max(flow.oscillation))
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_order_in_the_step():
+    objective, model = _at_the_edge(jnp.float64)
+    optimizer = cf.GradientDescent(0.9)
+
+    def end(substeps):
+        flow = cf.CentralFlow(substeps=substeps, eigen_tolerance=1e-7)
+        return cf.predict(objective, edge, optimizer, 8, flow=flow).weights[-1]
+
+    edge = cf.predict(objective, model, optimizer, 100).model
+    exact = end(128)
+    errors = [np.linalg.norm(end(n) - exact) for n in (4, 8, 16)]
+    rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert np.all(rates > 0.9), rates
+
+
+@pytest.mark.usefixtures("x64")
+def test_below_the_edge_it_is_the_stable_flow():
+    objective, model = _at_the_edge(jnp.float64)
+    optimizer = cf.GradientDescent(0.01)
+    central = cf.predict(objective, model, optimizer, 40, flow=cf.CentralFlow(64))
+    stable = cf.predict(
+        objective, model, optimizer, 40, flow=cf.StableFlow(), rtol=1e-8
+    )
+    assert not np.any(central.oscillation)
+    # explicit Euler: dt times the length of the path times the curvature
+    np.testing.assert_allclose(central.loss, stable.loss, rtol=2e-4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_stable_flow_on_a_quadratic():
+    curvature = jnp.array([5.0, 1.0, 0.1])
+    objective = cf.Objective(lambda w: 0.5 * jnp.sum(curvature * w**2))
+    flow = cf.predict(
+        objective, jnp.ones(3), cf.GradientDescent(0.3), 20, flow=cf.StableFlow(),
+        rtol=1e-9, weight_times=[3.0, 7.5],
+    )  # fmt: skip
+    exact = np.exp(-0.3 * np.outer([0, 3, 7.5, 20], curvature))
+    np.testing.assert_allclose(flow.weights, exact, atol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+def test_schedule_moves_the_edge():
+    """The learning rate falls, so the edge 2/eta rises at a known rate: as long as that
+    is slower than the free rise of y, y follows it and E[x^2] holds back the rest."""
+    eps, slope = 1e-3, 1e-4
+    edge = lambda t: 2 / 0.3 + slope * t
+    optimizer = cf.GradientDescent(lambda step: 2 / edge(step))
+    flow = cf.predict(
+        parabola(eps), jnp.array([0.0, 6.6]), optimizer, 2000,
+        flow=cf.CentralFlow(substeps=2), weight_times=np.arange(0, 2001, 100.0),
+        metrics={"x^2": lambda w: w[0] ** 2},
+    )  # fmt: skip
+    late = np.asarray(flow.weight_times) >= 600
+    times = np.asarray(flow.weight_times)[late]
+    # y + 3 x = 2/eta, x about eps/y
+    np.testing.assert_allclose(flow.weights[late, 1], edge(times), atol=5e-4)
+    # dy/dt = eta (eps - E[x^2]/2) = slope
+    eta = 2 / edge(np.asarray(flow.times))[600:]
+    np.testing.assert_allclose(
+        flow.metrics["x^2"][600:], 2 * (eps - slope / eta), rtol=1e-2
+    )
+
+
+def test_block_grows():
+    """With room for three eigenvectors only, the same run as with room for eight."""
+    objective, model = _at_the_edge(jnp.float32)
+    optimizer = cf.GradientDescent(0.9)
+    large = cf.predict(objective, model, optimizer, 150)
+    small = cf.predict(
+        objective, model, optimizer, 150, flow=cf.CentralFlow(block_size=3)
+    )
+    assert np.max(np.sum(large.oscillation > 0, axis=1)) >= 2
+    assert small.sharpness.shape[1] == 6
+    np.testing.assert_array_equal(small.times, large.times)
+    # the eigensolver's tolerance, 1e-2 in the residual, is 1e-4 in the eigenvalue
+    np.testing.assert_allclose(small.loss, large.loss, rtol=1e-3)
