@@ -267,7 +267,7 @@ def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 **part,
                 "sharpness": _pad(part["sharpness"], widest, jnp.nan),
-                "oscillation": _pad(part["oscillation"], widest, 0),
+                "oscillation": _pad(part["oscillation"], widest, 0.0),
             }
             for part in parts
         ]

@@ -20,29 +20,30 @@ def test_parabola(eps):
     optimizer = cf.GradientDescent(eta)
     square = {"x^2": lambda w: w[0] ** 2}
     times = np.unique(np.linspace(0, steps, 61).round())
-    kept = dict(weight_times=times)
     flow = cf.predict(
-        objective,
-        start,
-        optimizer,
-        steps,
-        times=times,
-        metrics=square,
-        **kept,
-        flow=cf.CentralFlow(substeps=1),
+        objective, start, optimizer, steps, times=times, weight_times=times,
+        metrics=square, flow=cf.CentralFlow(substeps=1),
+    )  # fmt: skip
+    run = cf.train(
+        objective, start, optimizer, round(40 / eps), metrics=square, weight_times=times
     )
-    run = cf.train(objective, start, optimizer, steps, metrics=square, **kept)
 
-    expected = np.minimum(5 + eta * eps * times, 2 / eta)
-    # x follows eps/y, and the sharpness is y + 3 x + O(eps^2): y differs from the
-    # leading order by 3 x <= 3 eps / 5, and dy/dt by eta x^2/2, 1e-2 of it in all.
-    np.testing.assert_allclose(flow.weights[:, 1], expected, atol=0.75 * eps + 1e-4)
-    assert np.all(np.abs(run.weights[:, 1] - flow.weights[:, 1]) < 9 * np.sqrt(eps))
-    # With y at rest, E[x^2] = 2 eps: of the flow exactly, up to the drift of y with x
-    late = times > 6.5 / eps
-    np.testing.assert_allclose(flow.metrics["x^2"][late] / eps, 2, rtol=2 * eps + 1e-6)
-    mean = np.mean(run.metrics["x^2"][round(7.5 / eps) :]) / eps
-    assert 1.995 < mean < 2.015  # known from long runs: 2.00 to 2.01
+    y = flow.weights[:, 1]
+    # To first order in eps: the top eigenvalue is y + 3 x. Below the edge x = eps / y.
+    # At the edge 0 = dy/dt gives E[x^2] = 2 eps, and 0 = dx/dt gives y x + 3 E[x^2]/2 =
+    # eps, so x = -eps eta and y = 2/eta - 3 x.
+    below, after = times < 5.5 / eps, times > 6.5 / eps
+    free = 5 + eta * eps * times[below]
+    free = free - eps * (1 / 5 - 1 / free) / 2  # dy/dt = eta (eps - x^2/2)
+    np.testing.assert_allclose(y[below], free, atol=20 * eps**2)
+    np.testing.assert_allclose(y[after], 2 / eta + 3 * eta * eps, atol=10 * eps**2)
+    np.testing.assert_allclose(flow.metrics["x^2"][after] / eps, 2, rtol=2 * eps)
+    # The optimizer overshoots the edge and then goes around it. 9.12 sqrt(eps) is the
+    # farthest, at eps = 1e-2; its mean of x^2 is within 1e-3 of the flow's.
+    observed = run.weights[: times.size, 1]
+    assert np.max(np.abs(observed - y)) < 9.2 * np.sqrt(eps)
+    late = np.mean(run.metrics["x^2"][round(20 / eps) :]) / eps
+    np.testing.assert_allclose(late, 2, rtol=1e-3)
 
 
 def _matrix_problem(B):
@@ -125,18 +126,15 @@ def test_exact_constrained_velocity_of_two_critical_eigenvalues():
 def test_one_eigenvalue_closed_form():
     """sigma^2 = 2 <-g, grad S> / |grad S|^2 for gradient descent, where it is positive
     and S = lambda_max(H) = 2/eta."""
-    model, data = tiny_network(jnp.float64)
-    objective = cf.Objective(tiny_loss, data)
+    objective, model = _near_the_edge(jnp.float64)
+    model = cf.train(objective, model, cf.GradientDescent(0.05), 400).model
     w, flat = objective.flatten(model)
     H = jax.hessian(flat.loss)
     S, gradient = jnp.linalg.eigvalsh(H(w))[-1], flat.grad(w)
     grad_S = jax.grad(lambda w: jnp.linalg.eigvalsh(H(w))[-1])(w)
-    if gradient @ grad_S > 0:  # climb the loss instead, so that S rises
-        objective = cf.Objective(lambda m, batch: -tiny_loss(m, batch), data)
-        pytest.fail("choose another seed")
     flow = cf.predict(
-        objective, model, cf.GradientDescent(2 / S), 1,
-        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9), times=[0.0, 1.0],
+        objective, flat.model(w), cf.GradientDescent(2 / S), 1, times=[0.0, 1.0],
+        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9),
     )  # fmt: skip
     sigma_sq = 2 * (-gradient @ grad_S) / (grad_S @ grad_S)
     # The SDCP is posed on the end of the step, linearized at its start: exact at S =
@@ -144,17 +142,17 @@ def test_one_eigenvalue_closed_form():
     np.testing.assert_allclose(flow.oscillation[0, 0], sigma_sq * S / 2, rtol=1e-7)
 
 
-def _at_the_edge(dtype):
-    """A small network that starts a little below the edge and soon has two critical
-    eigenvalues."""
-    model, data = tiny_network(dtype, width=10, examples=20, outputs=4, seed=3)
+def _near_the_edge(dtype):
+    """A small network whose top eigenvalues rise from 2.85 to 4 in 40 steps of learning
+    rate 0.5 and, if unconstrained, on to 10."""
+    model, data = tiny_network(dtype, width=10, examples=20, outputs=4)
     return cf.Objective(tiny_loss, data), model
 
 
 @pytest.mark.usefixtures("x64")
 def test_complementarity_along_a_run():
-    objective, model = _at_the_edge(jnp.float64)
-    flow = cf.predict(objective, model, cf.GradientDescent(0.9), 300)
+    objective, model = _near_the_edge(jnp.float64)
+    flow = cf.predict(objective, model, cf.GradientDescent(0.5), 300)
     kappa = 2.0
     top = flow.sharpness[:, 0]
     assert np.sum(flow.oscillation[:, 0] > 0) > 100, "the run must be at the edge"
@@ -167,8 +165,8 @@ def test_complementarity_along_a_run():
 
 @pytest.mark.usefixtures("x64")
 def test_first_order_in_the_step():
-    objective, model = _at_the_edge(jnp.float64)
-    optimizer = cf.GradientDescent(0.9)
+    objective, model = _near_the_edge(jnp.float64)
+    optimizer = cf.GradientDescent(0.5)
 
     def end(substeps):
         flow = cf.CentralFlow(substeps=substeps, eigen_tolerance=1e-7)
@@ -183,7 +181,7 @@ def test_first_order_in_the_step():
 
 @pytest.mark.usefixtures("x64")
 def test_below_the_edge_it_is_the_stable_flow():
-    objective, model = _at_the_edge(jnp.float64)
+    objective, model = _near_the_edge(jnp.float64)
     optimizer = cf.GradientDescent(0.01)
     central = cf.predict(objective, model, optimizer, 40, flow=cf.CentralFlow(64))
     stable = cf.predict(
@@ -231,8 +229,8 @@ def test_schedule_moves_the_edge():
 
 def test_block_grows():
     """With room for three eigenvectors only, the same run as with room for eight."""
-    objective, model = _at_the_edge(jnp.float32)
-    optimizer = cf.GradientDescent(0.9)
+    objective, model = _near_the_edge(jnp.float32)
+    optimizer = cf.GradientDescent(0.5)
     large = cf.predict(objective, model, optimizer, 150)
     small = cf.predict(
         objective, model, optimizer, 150, flow=cf.CentralFlow(block_size=3)

@@ -50,7 +50,7 @@ class AbstractFlow(eqx.Module):
     @abc.abstractmethod
     def stepsize(
         self, rtol: float | None
-    ) -> tuple[diffrax.AbstractStepSizeController, float | None]:
+    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         """The step-size controller, and the first step in optimizer steps."""
 
     @abc.abstractmethod

@@ -52,12 +52,13 @@ class CentralFlow(AbstractFlow):
         optimization in deep learning with central flows*, arXiv 2410.24206.
     """
 
-    substeps: int = eqx.field(static=True)
+    # Arrays, so that one program serves all their values.
+    substeps: Int[Array, ""]
+    eigen_tolerance: Float[Array, ""]
     block_size: int = eqx.field(static=True)
-    eigen_tolerance: float = eqx.field(static=True)
 
     def __init__(
-        self, substeps: int = 4, *, block_size: int = 8, eigen_tolerance: float = 1e-2
+        self, substeps: int = 4, *, block_size: int = 8, eigen_tolerance: float = 2e-3
     ):
         for name, value in (("substeps", substeps), ("block_size", block_size)):
             if not isinstance(value, int | np.integer) or value < 1:
@@ -66,9 +67,9 @@ class CentralFlow(AbstractFlow):
             raise ValueError(
                 f"`eigen_tolerance` must be between 0 and 1, got {eigen_tolerance!r}."
             )
-        self.substeps = int(substeps)
+        self.substeps = jnp.asarray(substeps)
         self.block_size = int(block_size)
-        self.eigen_tolerance = float(eigen_tolerance)
+        self.eigen_tolerance = jnp.asarray(eigen_tolerance, jnp.result_type(float))
 
     def term(
         self,
@@ -85,7 +86,7 @@ class CentralFlow(AbstractFlow):
 
     def stepsize(
         self, rtol: float | None
-    ) -> tuple[diffrax.AbstractStepSizeController, float | None]:
+    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         return diffrax.ConstantStepSize(), 1 / self.substeps
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
@@ -110,9 +111,9 @@ class CentralFlow(AbstractFlow):
 
     def enlarge(self) -> "CentralFlow":
         return CentralFlow(
-            self.substeps,
+            int(self.substeps),
             block_size=2 * self.block_size,
-            eigen_tolerance=self.eigen_tolerance,
+            eigen_tolerance=float(self.eigen_tolerance),
         )
 
 
@@ -138,7 +139,7 @@ class CentralTerm(AbstractComplementarityTerm):
     optimizer: AbstractOptimizer
     metrics: dict[str, Callable]
     block_size: int = eqx.field(static=True)
-    eigen_tolerance: float = eqx.field(static=True)
+    eigen_tolerance: Float[Array, ""]
 
     # The averages over the oscillations, to second order in delta.
 
@@ -264,7 +265,7 @@ class CentralTerm(AbstractComplementarityTerm):
             start,
             count,
             wanted,
-            tolerance=self.eigen_tolerance,
+            tolerance=self.eigen_tolerance.astype(w.dtype),
             max_sweeps=sweeps,
         )
         U = pairs.vectors / scale

@@ -34,7 +34,7 @@ class StableFlow(AbstractFlow):
 
     def stepsize(
         self, rtol: float | None
-    ) -> tuple[diffrax.AbstractStepSizeController, float | None]:
+    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         rtol = 1e-3 if rtol is None else rtol
         return diffrax.PIDController(rtol=rtol, atol=1e-3 * rtol), None
 
