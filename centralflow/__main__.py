@@ -86,7 +86,13 @@ def demo(
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 400,
     learning_rate: Annotated[
         float, typer.Option(callback=_positive, help="Of gradient descent.")
-    ] = 0.6,
+    ] = 0.7,
+    warm_start: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Optimizer steps before the comparison, past the first surge."
+        ),
+    ] = 60,
     size: Annotated[int, typer.Option(min=1, max=1797, help="Examples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
     substeps: Annotated[
@@ -112,11 +118,17 @@ def demo(
         raise typer.BadParameter(f"cannot make the folder: {error}") from error
     objective = Objective(losses.squared_error, data.digits(size))
     model = models.MLP(64, 10, key=jr.key(seed))
-    problem = (objective, model, GradientDescent(learning_rate), steps)
-    weight_times = np.unique(np.round(np.linspace(0, steps, 51))).tolist()
-    options = dict(weight_times=weight_times, progress=progress)
-
+    optimizer = GradientDescent(learning_rate)
     typer.echo("Training ...", err=True)
+    # In the first steps the sharpness rises faster than an oscillation can grow: the
+    # optimizer overshoots the edge before it oscillates, and no flow follows it.
+    warm = train(objective, model, optimizer, warm_start, progress=False)
+    problem = (objective, warm.model, optimizer, steps)
+    options = dict(
+        optimizer_state=warm.optimizer_state,
+        weight_times=np.unique(np.round(np.linspace(0, steps, 51))).tolist(),
+        progress=progress,
+    )
     run = train(*problem, sharpness_every=10, sharpness_count=6, **options)
     typer.echo("Integrating the central flow ...", err=True)
     central = predict(*problem, flow=CentralFlow(substeps), **options)
@@ -126,7 +138,9 @@ def demo(
     table = "\n\n".join(
         (
             f"Gradient descent with learning rate {learning_rate:g}, "
-            f"{run.weights.shape[1]} parameters, {size} digits\n{_critical(central)}",
+            f"{run.weights.shape[1]} parameters, {size} digits, "
+            f"from step {warm_start}\n"
+            f"{_critical(central)}",
             f"Central flow: {compare(run, central)}",
             f"Stable flow: {compare(run, stable)}",
             _work({"run": run, "central flow": central, "stable flow": stable}),

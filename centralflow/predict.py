@@ -242,6 +242,10 @@ def _integrate(
     # A block that fills up in the very last step does no harm.
     full = (result == RESULTS.block_full) & (time >= t1)
     result = RESULTS.where(full, RESULTS.successful, result)
+    bad = (result == RESULTS.successful) & ~jnp.all(
+        jnp.isfinite(solution.ys["series"]["loss"])
+    )
+    result = RESULTS.where(bad, RESULTS.diverged, result)
     steps = solution.stats["num_steps"]
     return _Part(
         series=solution.ys["series"],

@@ -84,9 +84,9 @@ def train(
     settings = _Settings(
         flat, optimizer, metrics, int(steps), sharpness_every, int(sharpness_count)
     )
-    clock, kept = Clock(), jnp.asarray(kept, int)
+    clock, kept = Clock(), jnp.asarray(kept, jnp.int32)
     state = clock(_init, settings, weights, optimizer_state, kept.size)
-    traced = is_traced(state)
+    traced = is_traced((flat, weights, optimizer, optimizer_state))
     show = show_progress(progress) and not traced
     chunk = max(1, -(-steps // 100)) if show else steps + 1
     with tqdm(total=steps, disable=not show, desc="train") as bar:
@@ -175,7 +175,7 @@ def _init(
     measurements = 0 if s.every is None else s.steps // s.every + 1
     none = jnp.full((measurements, s.count), jnp.nan, dtype)
     return _State(
-        step=jnp.array(0),
+        step=jnp.int32(0),
         weights=weights,
         previous=weights,
         optimizer_state=optimizer_state,
@@ -186,8 +186,8 @@ def _init(
         oscillation=none,
         eigenvectors=jr.normal(jr.key(0), (k, n), dtype),
         covariance=jnp.zeros((k, k), dtype),
-        hvps=jnp.array(0),
-        unconverged=jnp.array(0),
+        hvps=jnp.int32(0),
+        unconverged=jnp.int32(0),
     )
 
 

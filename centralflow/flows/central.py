@@ -177,13 +177,16 @@ class CentralTerm(AbstractComplementarityTerm):
         factors = (jnp.sqrt(jnp.maximum(variances, 0)) * Q).T @ e.eigenvectors
         k = X.shape[0]
 
+        def real(model):  # counts, too, have averages
+            dtype = y.weights.dtype
+            return jax.tree.map(lambda x: jnp.asarray(x, dtype), fn(model))
+
         def add(r, total):
             f = factors[k - 1 - r]  # the critical ones have the largest variances
-            half = self.objective.second_derivative(fn, y.weights, f, f)
+            half = self.objective.second_derivative(real, y.weights, f, f)
             return jax.tree.map(lambda a, b: a + 0.5 * b, total, half)
 
-        value = fn(self.objective.model(y.weights))
-        value = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), value)
+        value = real(self.objective.model(y.weights))
         return jax.lax.fori_loop(0, e.critical, add, value)
 
     # The equation.
@@ -234,7 +237,8 @@ class CentralTerm(AbstractComplementarityTerm):
     def count_critical(self, sharpness: Float[Array, " k"]) -> Int[Array, ""]:
         """How many eigenvalues are so near the critical one that they may reach it
         within a step."""
-        return jnp.sum(sharpness > 0.975 * self.optimizer.critical_sharpness)
+        limit = 0.975 * self.optimizer.critical_sharpness
+        return jnp.sum(sharpness > limit, dtype=jnp.int32)
 
     # The expansion.
 
@@ -281,10 +285,10 @@ class CentralTerm(AbstractComplementarityTerm):
             forces=forces,
             critical=critical,
             work=Work(
-                work.gradients + 1,
+                work.gradients + jnp.int32(1),
                 work.hvps + pairs.products,
                 work.third_derivatives + critical * (critical + 1) // 2,
-                work.unconverged + jnp.where(pairs.converged, 0, 1),
+                work.unconverged + (~pairs.converged).astype(jnp.int32),
             ),
         )
 

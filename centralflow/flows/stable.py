@@ -36,7 +36,7 @@ class StableFlow(AbstractFlow):
         self, rtol: float | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         rtol = 1e-3 if rtol is None else rtol
-        return diffrax.PIDController(rtol=rtol, atol=1e-3 * rtol), None
+        return diffrax.PIDController(rtol, 1e-3 * rtol, dtmin=1e-5), None
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         return y, None
