@@ -92,7 +92,7 @@ def demo(
         typer.Option(
             min=1, help="Optimizer steps before the comparison, past the first surge."
         ),
-    ] = 60,
+    ] = 86,
     size: Annotated[int, typer.Option(min=1, max=1797, help="Examples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
     substeps: Annotated[

@@ -1,0 +1,28 @@
+"""The examples, in short forms."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = {"own_network": dict(width=5, size=30, warm_start=3, steps=12)}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)
+def test_example(path, tmp_path):
+    main = runpy.run_path(str(path))["main"]
+    figure = tmp_path / "figure.png"
+    main(**SHORT[path.stem], output=figure)
+    assert figure.stat().st_size > 10_000
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    code = readme.split("```python")[1].split("```")[0]
+    for long, short in (("(1000)", "(20)"), ("steps=86", "steps=3"), ("=400", "=12")):
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    exec(code, {})
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
