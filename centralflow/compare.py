@@ -110,9 +110,8 @@ def compare(
         observed = time_average(np.asarray(getattr(run, series), float)[common], window)
         predicted = at(prediction, series, times[common])
         predicted = time_average(predicted, window)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            # The ends are single samples of the oscillation, not averages.
-            return (np.abs(predicted - observed) / np.abs(observed))[1:-1]
+        # The ends are single samples of the oscillation, not averages.
+        return _relative(predicted, observed)[1:-1]
 
     loss_errors = relative_errors("mean_loss")
     measured = np.isfinite(np.asarray(run.sharpness)[:, 0]) & common
@@ -120,10 +119,10 @@ def compare(
     predicted_sharpness = at(prediction, "sharpness", times[measured])[:, 0]
     observed, predicted = variances(run, prediction)
     return Comparison(
-        loss_error=float(np.mean(loss_errors)),
-        max_loss_error=float(np.max(loss_errors)),
-        grad_norm_error=float(np.mean(relative_errors("mean_grad_norm_sq"))),
-        sharpness_error=_mean(np.abs(predicted_sharpness - sharpness) / sharpness),
+        loss_error=_mean(loss_errors),
+        max_loss_error=float(np.max(loss_errors, initial=-np.inf)),
+        grad_norm_error=_mean(relative_errors("mean_grad_norm_sq")),
+        sharpness_error=_mean(_relative(predicted_sharpness, sharpness)),
         oscillation_error=_ratio(
             _mean(np.abs(predicted.sum(1) - observed.sum(1))), _mean(observed.sum(1))
         ),
@@ -202,10 +201,15 @@ def variances(
     observed = np.asarray(run.oscillation, float)
     rows = np.flatnonzero(np.isfinite(observed[:, 0]))
     times = np.asarray(run.times, float)
-    rows = rows[times[rows] <= float(prediction.times[-1])]
+    none = np.full((0, 1), np.nan)
     if rows.size == 0:
-        return np.full((0, 1), np.nan), np.full((0, 1), np.nan)
-    every = int(rows[1] - rows[0]) if rows.size > 1 else int(rows[0])
+        return none, none
+    every = int(rows[0])  # the first average covers the steps since the start
+    covered = times[rows] <= float(prediction.times[-1])
+    covered &= times[rows - every + 1] >= float(prediction.times[0])
+    rows = rows[covered]
+    if rows.size == 0:
+        return none, none
     predicted = np.stack(
         [
             at(prediction, "oscillation", times[r - every + 1 : r + 1]).mean(0)
@@ -223,6 +227,12 @@ def _weight_distance(run: Trajectory, prediction: Trajectory) -> float:
         for x in (run.weights[0], run.weights[-1], prediction.weights[-1])
     )
     return _ratio(np.linalg.norm(w1 - w), np.linalg.norm(w1 - w0))
+
+
+def _relative(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Relative errors, where there is something to be relative to."""
+    compared = np.isfinite(observed) & (observed != 0)
+    return np.abs(predicted - observed)[compared] / np.abs(observed)[compared]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -97,7 +97,7 @@ class Objective(eqx.Module):
 
         `ValueError` if `model` has no floating-point parameters, or complex ones.
         """
-        parameters, static = eqx.partition(model, eqx.is_inexact_array_like)
+        parameters, static = eqx.partition(model, _is_parameter)
         parameters = jax.tree.map(jnp.asarray, parameters)
         leaves = jax.tree.leaves(parameters)
         if sum(leaf.size for leaf in leaves) == 0:
@@ -194,6 +194,14 @@ class FlatObjective(eqx.Module):
 
         return self._mean(products)
 
+    def preconditioned_hessian(
+        self, w: Float[Array, " n"], P: Float[Array, ""] | Float[Array, " n"]
+    ) -> Callable[[Float[Array, "k n"], int | Int[Array, ""]], Float[Array, "k n"]]:
+        """P^-1/2 H(w) P^-1/2 for a diagonal P, as a function of the rows of V and
+        their number. With u = P^-1/2 v, its eigenvectors v are those of P^-1 H."""
+        scale = jnp.sqrt(P)
+        return lambda V, count: self.hvps(w, V / scale, count) / scale
+
     def third(
         self, w: Float[Array, " n"], u: Float[Array, " n"], v: Float[Array, " n"]
     ) -> Float[Array, " n"]:
@@ -232,6 +240,13 @@ class FlatObjective(eqx.Module):
 
         return self._mean(derivatives)
 
+    def evaluate(
+        self, metrics: dict[str, Callable], w: Float[Array, " n"]
+    ) -> dict[str, Array]:
+        """The values of functions of the model."""
+        model = self.model(w)
+        return {name: jnp.asarray(fn(model)) for name, fn in metrics.items()}
+
     def second_derivative(
         self,
         fn: Callable[[PyTree], PyTree],
@@ -243,6 +258,12 @@ class FlatObjective(eqx.Module):
         observable = lambda x: fn(self.model(x))
         slope = lambda x: jax.jvp(observable, (x,), (v,))[1]
         return jax.jvp(slope, (w,), (u,))[1]
+
+
+def _is_parameter(leaf: Any) -> bool:
+    # NumPy's arrays too, but not Python's floats, such as the rate of a dropout.
+    array = isinstance(leaf, np.ndarray | jax.Array)
+    return array and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -16,7 +16,14 @@ from .flows.base import Work
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .results import RESULTS
-from .running import Clock, check_metrics, check_start, check_times, show_progress
+from .running import (
+    Clock,
+    check_metrics,
+    check_start,
+    check_times,
+    show_progress,
+    warn_if_unconverged,
+)
 from .trajectory import Trajectory, finish
 
 
@@ -55,7 +62,9 @@ def predict(
 
     **Returns:**
 
-    A [`centralflow.Trajectory`][].
+    A [`centralflow.Trajectory`][]. Under `jax.jit` and `jax.vmap` nothing can be
+    raised, warned of, or enlarged: look at `result`, and give `CentralFlow` a
+    `block_size` that suffices.
 
     **Raises:**
 
@@ -112,21 +121,12 @@ def predict(
         # one, whose shapes need a new program.
         reached, flow = float(part.time), flow.enlarge()
 
-    result = parts[-1].result
-    series = _join([part.series for part in parts])
-    series_times, kept_times = series.pop("t"), jnp.asarray(kept, weights.dtype)
-    kept_weights = jnp.concatenate([part.weights for part in parts])
-    if times[-1] < steps:
-        series = jax.tree.map(lambda x: x[: times.size], series)
-        series_times = series_times[: times.size]
-    work = jax.tree.map(lambda *x: sum(x), *[part.work for part in parts])
+    result, work = parts[-1].result, parts[-1].work  # which adds up from part to part
+    series, snapshots = _join(parts, traced)
+    series = jax.tree.map(lambda x: x[: times.size], series)
+    series_times = series.pop("t")
     if not traced:
-        # What an integration that stopped early did not reach is infinite or NaN.
-        rows = int(np.sum(np.isfinite(np.asarray(series["loss"]))))
-        series = jax.tree.map(lambda x: x[:rows], series)
-        series_times = series_times[:rows]
-        good = np.all(np.isfinite(np.asarray(kept_weights)), axis=1)
-        kept_times, kept_weights = kept_times[good], kept_weights[good]
+        warn_if_unconverged(work.unconverged)
     unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
     trajectory = Trajectory(
         times=series_times,
@@ -137,17 +137,18 @@ def predict(
         sharpness=series.get("sharpness", unknown),
         oscillation=series.get("oscillation", unknown),
         metrics=series["metrics"],
-        weight_times=kept_times,
-        weights=kept_weights,
+        weight_times=snapshots["t"],
+        weights=snapshots["weights"],
         model=flat.model(y.weights),
         optimizer_state=y.optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
         result=result,
         stats=dict(
-            gradients=work.gradients + 1,
+            gradients=work.gradients + 1,  # for the optimizer's state at the start
             hvps=work.hvps,
             third_derivatives=work.third_derivatives,
             unconverged=work.unconverged,
+            eigen_residual=work.eigen_residual,
             accepted_steps=sum(part.accepted for part in parts),
             rejected_steps=sum(part.rejected for part in parts),
             seconds=clock.seconds,
@@ -171,7 +172,7 @@ class _Part(eqx.Module):
     """A stretch of an integration with one size of block."""
 
     series: dict[str, PyTree[Array]]
-    weights: Float[Array, "S n"]
+    snapshots: dict[str, Array]
     y: FlowState
     solver_state: Any
     time: Float[Array, ""]
@@ -220,7 +221,9 @@ def _integrate(
         saveat=diffrax.SaveAt(
             subs=dict(
                 series=diffrax.SubSaveAt(ts=times, fn=observe),
-                weights=diffrax.SubSaveAt(ts=kept, fn=lambda t, y, args: y.weights),
+                snapshots=diffrax.SubSaveAt(
+                    ts=kept, fn=lambda t, y, args: dict(t=t, weights=y.weights)
+                ),
                 end=diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: (t, y)),
             ),
             solver_state=True,
@@ -249,7 +252,7 @@ def _integrate(
     steps = solution.stats["num_steps"]
     return _Part(
         series=solution.ys["series"],
-        weights=solution.ys["weights"],
+        snapshots=solution.ys["snapshots"],
         y=y,
         solver_state=solution.solver_state,
         time=time,
@@ -260,27 +263,28 @@ def _integrate(
     )
 
 
-def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The series one after another; the last has the widest blocks and the rows that
-    the others did not reach."""
-    width = lambda part: part["sharpness"].shape[1]
-    if len(parts) > 1:
-        widest = width(parts[-1])
-        parts = [*(_reached(part) for part in parts[:-1]), parts[-1]]
-        parts = [
-            {
-                **part,
-                "sharpness": _pad(part["sharpness"], widest, jnp.nan),
-                "oscillation": _pad(part["oscillation"], widest, 0.0),
-            }
-            for part in parts
+def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The series and the snapshots of all parts, one after another."""
+    series, snapshots = [p.series for p in parts], [p.snapshots for p in parts]
+    if not traced:
+        # What a part did not reach is infinite or NaN, and comes last.
+        series = [_leading(s, np.isfinite(np.asarray(s["loss"]))) for s in series]
+        snapshots = [
+            _leading(s, np.all(np.isfinite(np.asarray(s["weights"])), axis=1))
+            for s in snapshots
         ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    if len(parts) > 1:  # the last has the largest block
+        width = series[-1]["sharpness"].shape[1]
+        for s in series:
+            s["sharpness"] = _pad(s["sharpness"], width, jnp.nan)
+            s["oscillation"] = _pad(s["oscillation"], width, 0.0)
+    concatenate = lambda trees: jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
+    return concatenate(series), concatenate(snapshots)
 
 
-def _reached(series: dict[str, Any]) -> dict[str, Any]:
-    rows = int(np.sum(np.isfinite(np.asarray(series["loss"]))))
-    return jax.tree.map(lambda x: x[:rows], series)
+def _leading(tree: dict[str, Any], good: np.ndarray) -> dict[str, Any]:
+    rows = int(np.sum(good))
+    return jax.tree.map(lambda x: x[:rows], tree)
 
 
 def _pad(x: Float[Array, "T k"], width: int, value: float) -> Float[Array, "T K"]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
+from .optimizers.base import check_schedule
 
 
 def check_start(
@@ -25,13 +27,14 @@ def check_start(
     """The flat objective, the weights and the optimizer state, once they make sense."""
     if not isinstance(objective, Objective):
         raise ValueError(
-            f"`objective` must be a `centralflow.Objective`, got {objective!r}: wrap "
-            "the loss and the data in `Objective(loss_fn, data)`."
+            "`objective` must be a `centralflow.Objective`, got "
+            f"{type(objective).__name__}: wrap the loss and the data in "
+            "`Objective(loss_fn, data)`."
         )
     if not isinstance(optimizer, AbstractOptimizer):
         raise ValueError(
             "`optimizer` must be a `centralflow.AbstractOptimizer` such as "
-            f"`GradientDescent(0.1)`, got {optimizer!r}."
+            f"`GradientDescent(0.1)`, got {type(optimizer).__name__}."
         )
     whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
     if not whole or steps < 1:
@@ -45,6 +48,7 @@ def check_start(
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"`loss_fn` must return a real number, got {loss.dtype}.")
+    check_schedule(optimizer.learning_rate, int(steps))
     like = eqx.filter_eval_shape(optimizer.init, weights)
     if optimizer_state is None:
         optimizer_state = optimizer.init(weights)
@@ -66,7 +70,11 @@ def check_start(
 
 def check_times(name: str, times: Iterable[Any], steps: int) -> Float[np.ndarray, " T"]:
     """`times` as a float64 array, once they make sense."""
-    times = np.asarray(times, float)
+    try:
+        times = np.asarray(times, float)
+    except (TypeError, ValueError) as error:
+        message = f"`{name}` must be a list of numbers, got {times!r}."
+        raise ValueError(message) from error
     if times.ndim != 1 or times.size == 0:
         raise ValueError(
             f"`{name}` must be a non-empty list of times, got shape {times.shape}."
@@ -86,14 +94,31 @@ def check_times(name: str, times: Iterable[Any], steps: int) -> Float[np.ndarray
 def check_metrics(
     metrics: dict[str, Callable] | None, objective: FlatObjective, weights: Array
 ) -> dict[str, Callable]:
-    """`metrics` as a dictionary, once every value is a function of the model."""
-    for name, fn in (metrics or {}).items():
+    """`metrics` as a dictionary, once they make sense."""
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, dict):
+        raise ValueError(
+            "`metrics` must be a dictionary from names to functions of the model, got "
+            f"{type(metrics).__name__}."
+        )
+    for name, fn in metrics.items():
         if not isinstance(name, str) or not callable(fn):
             raise ValueError(
                 f"`metrics` must map names to functions of the model, got {name!r}: "
                 f"{fn!r}."
             )
-    return dict(metrics or {})
+        try:
+            value = eqx.filter_eval_shape(objective.evaluate, {name: fn}, weights)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`metrics`: {name!r} must be a function of the model that returns one "
+                f"number or array; calling it failed with: {error}"
+            ) from error
+        if not jnp.issubdtype(value[name].dtype, jnp.number):
+            raise ValueError(
+                f"`metrics`: {name!r} must return numbers, got {value[name].dtype}."
+            )
+    return metrics
 
 
 def show_progress(progress: bool | None) -> bool:
@@ -101,6 +126,16 @@ def show_progress(progress: bool | None) -> bool:
     if progress is None:
         return sys.stderr.isatty() or "ipykernel" in sys.modules
     return progress
+
+
+def warn_if_unconverged(count: Any) -> None:
+    """Say that an inner solver stopped short of its tolerance."""
+    if int(count):
+        warnings.warn(
+            f"An eigensolver or a complementarity problem did not converge {int(count)} "
+            "times (`stats['unconverged']`): the eigenvalues may be inaccurate there.",
+            stacklevel=3,
+        )
 
 
 class Clock:
@@ -137,4 +172,4 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def _shapes(tree: PyTree) -> Any:
-    return jax.tree.map(lambda x: tuple(jnp.shape(x)), tree)
+    return jax.tree.map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree)

@@ -15,7 +15,14 @@ from .eigen import top_eigenpairs
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .results import RESULTS
-from .running import Clock, check_metrics, check_start, check_times, show_progress
+from .running import (
+    Clock,
+    check_metrics,
+    check_start,
+    check_times,
+    show_progress,
+    warn_if_unconverged,
+)
 from .trajectory import Trajectory, finish
 
 _GUARDS = 2
@@ -102,6 +109,13 @@ def train(
         kept_end = int(np.sum(np.asarray(kept) < end))
     series = jax.tree.map(lambda x: x[:end], state.series)
     dtype = series["loss"].dtype
+    last = jax.tree.map(
+        lambda a, b: jnp.where(state.diverged, a, b),
+        (state.previous, state.previous_state),
+        (state.weights, state.optimizer_state),
+    )
+    if not traced:
+        warn_if_unconverged(state.unconverged)
     trajectory = Trajectory(
         times=jnp.arange(end, dtype=dtype),
         loss=series["loss"],
@@ -113,8 +127,8 @@ def train(
         metrics=series["metrics"],
         weight_times=kept[:kept_end].astype(dtype),
         weights=state.kept[:kept_end],
-        model=flat.model(jnp.where(state.diverged, state.previous, state.weights)),
-        optimizer_state=state.optimizer_state,
+        model=flat.model(last[0]),
+        optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
         result=RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful),
         stats=dict(
@@ -143,8 +157,9 @@ class _Settings(eqx.Module):
 class _State(eqx.Module):
     step: Int[Array, ""]
     weights: Float[Array, " n"]
-    previous: Float[Array, " n"]
     optimizer_state: PyTree
+    previous: Float[Array, " n"]
+    previous_state: PyTree
     series: dict[str, PyTree[Array]]  # a row for each step
     kept: Float[Array, "S n"]
     diverged: Bool[Array, ""]
@@ -164,8 +179,8 @@ def _init(
     s, n, dtype = settings, weights.size, weights.dtype
     one = lambda w: dict(
         loss=s.flat.loss(w),
-        grad_norm_sq=w @ w,
-        metrics={name: fn(s.flat.model(w)) for name, fn in s.metrics.items()},
+        grad_norm_sq=w @ w,  # of the gradient's shape
+        metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(
         lambda x: jnp.zeros((s.steps + 1, *x.shape), x.dtype),
@@ -177,8 +192,9 @@ def _init(
     return _State(
         step=jnp.int32(0),
         weights=weights,
-        previous=weights,
         optimizer_state=optimizer_state,
+        previous=weights,
+        previous_state=optimizer_state,
         series=series,
         kept=jnp.zeros((kept, n), dtype),
         diverged=jnp.array(False),
@@ -210,7 +226,7 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
     record = dict(
         loss=loss,
         grad_norm_sq=gradient @ gradient,
-        metrics={name: fn(s.flat.model(w)) for name, fn in s.metrics.items()},
+        metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(lambda x, row: x.at[t].set(row), state.series, record)
     diverged = ~(jnp.isfinite(loss) & jnp.isfinite(record["grad_norm_sq"]))
@@ -233,14 +249,18 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
         )
 
     # The last iterate is recorded and not left; a run that diverged keeps its last
-    # finite iterate in `previous`.
+    # finite one as the previous.
     moves = (t < s.steps) & ~diverged
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, old)
+    choose = lambda p, a, b: jax.tree.map(lambda a, b: jnp.where(p, a, b), a, b)
+    here, before = (w, state.optimizer_state), (state.previous, state.previous_state)
+    weights, optimizer_state = choose(moves, (new_w, new_s), here)
+    previous, previous_state = choose(diverged, before, here)
     return _State(
-        step=jnp.where(moves, t + 1, t) + (t == s.steps) * ~diverged,
-        weights=keep(new_w, w),
-        previous=jnp.where(diverged, state.previous, w),
-        optimizer_state=keep(new_s, state.optimizer_state),
+        step=t + (~diverged).astype(jnp.int32),
+        weights=weights,
+        optimizer_state=optimizer_state,
+        previous=previous,
+        previous_state=previous_state,
         series=series,
         kept=jnp.where((kept == t)[:, None], w, state.kept),
         diverged=diverged,
@@ -260,12 +280,13 @@ def _measure(
     covariance since the last measurement."""
     scale, k = jnp.sqrt(P), state.eigenvectors.shape[0]
     pairs = top_eigenpairs(
-        lambda V, count: s.flat.hvps(midpoint, V / scale, count) / scale,
+        s.flat.preconditioned_hessian(midpoint, P),
         state.eigenvectors * scale,
         k,
         min(s.count, k),
         tolerance=_RESIDUAL,
         max_sweeps=200,
+        key=jr.fold_in(jr.key(1), state.step),
     )
     row = state.step // s.every
     variances = jnp.linalg.eigvalsh(state.covariance)[::-1] / s.every

@@ -64,7 +64,7 @@ class Trajectory(eqx.Module):
     mean_grad_norm_sq: Float[Array, " T"]
     sharpness: Float[Array, "T K"]
     oscillation: Float[Array, "T K"]
-    metrics: dict[str, PyTree[Array]]
+    metrics: dict[str, Array]
     weight_times: Float[Array, " S"]
     weights: Float[Array, "S n"]
     model: PyTree
@@ -86,9 +86,23 @@ class Trajectory(eqx.Module):
         **Arguments:**
 
         - `path`: the file. Its folder must exist.
+
+        **Raises:**
+
+        `FileNotFoundError` if the folder does not exist; `ValueError` for a batch.
         """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}.")
+        if self.times.ndim != 1:
+            raise ValueError(
+                "A batch of trajectories, as made by `jax.vmap`, cannot be saved: take "
+                "one of them with `jax.tree.map(lambda x: x[i], trajectories)`."
+            )
         arrays = {name: np.asarray(getattr(self, name)) for name in _SERIES}
-        for name in ("metrics", "model", "optimizer_state"):
+        for i, series in enumerate(self.metrics.values()):
+            arrays[f"metrics{i}"] = np.asarray(series)
+        for name in ("model", "optimizer_state"):
             tree = eqx.filter(getattr(self, name), eqx.is_array)
             for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 arrays[name + jax.tree_util.keystr(key)] = np.asarray(leaf)
@@ -96,13 +110,13 @@ class Trajectory(eqx.Module):
             json.dumps(
                 {
                     "format": _FORMAT,
+                    "metrics": list(self.metrics),
                     "critical_sharpness": float(self.critical_sharpness),
                     "result": name_of(self.result),
                     "stats": {k: np.asarray(v).item() for k, v in self.stats.items()},
                 }
             )
         )
-        path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with temporary.open("wb") as file:
@@ -149,9 +163,8 @@ class Trajectory(eqx.Module):
             )
         series = {name: jnp.asarray(arrays.pop(name)) for name in _SERIES}
         metrics = {
-            key.removeprefix("metrics['").removesuffix("']"): jnp.asarray(value)
-            for key, value in arrays.items()
-            if key.startswith("metrics")
+            name: jnp.asarray(arrays.pop(f"metrics{i}"))
+            for i, name in enumerate(header["metrics"])
         }
         return Trajectory(
             **series,

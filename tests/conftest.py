@@ -1,5 +1,6 @@
 """Shared set-up: shapes and types are checked at run time in every test."""
 
+import equinox as eqx
 import jax
 import jaxtyping
 import pytest
@@ -22,3 +23,12 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530: those
+    of all modules together are too many."""
+    yield
+    eqx.clear_caches()
+    jax.clear_caches()

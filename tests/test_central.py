@@ -237,6 +237,31 @@ def test_block_grows():
     )
     assert np.max(np.sum(large.oscillation > 0, axis=1)) >= 2
     assert small.sharpness.shape[1] == 6
+    # The work adds up over the change of block: a gradient a substep, one to start, one
+    # for the optimizer's state, and one to start again.
+    assert large.stats["gradients"] == 4 * 150 + 2
+    assert small.stats["gradients"] == 4 * 150 + 3
     np.testing.assert_array_equal(small.times, large.times)
     # the eigensolver's tolerance, 1e-2 in the residual, is 1e-4 in the eigenvalue
     np.testing.assert_allclose(small.loss, large.loss, rtol=1e-3)
+
+
+def test_a_hidden_eigenvalue_is_found():
+    """Five copies of the parabola that know nothing of one another. The last two become
+    critical late, along axes to which the tracked eigenvectors are orthogonal."""
+    eps = jnp.array([0.001, 0.001, 0.001, 0.03, 0.02])
+    y = jnp.array([6.0, 5.9, 5.8, 1.0, 1.0])
+
+    def loss(w):
+        x, y = w
+        return jnp.sum((y + x) * x**2 / 2 - eps * (x + y))
+
+    optimizer = cf.GradientDescent(0.3)
+    flow = cf.predict(
+        cf.Objective(loss), jnp.stack([0 * y, y]), optimizer, 800,
+        weight_times=np.arange(0, 801, 50.0),
+    )  # fmt: skip
+    H = jax.hessian(lambda w: loss(w.reshape(2, 5)))
+    true = [0.3 * np.linalg.eigvalsh(H(w))[-1] for w in flow.weights]
+    assert true[-1] > 1.99  # the fourth is at the edge at the end
+    np.testing.assert_allclose(flow.sharpness[::50, 0], true, atol=2e-3)

@@ -117,7 +117,7 @@ def test_models_are_any_pytree():
     )
     assert eqx.tree_equal(flat.model(w), model)
     # integers and functions are constants
-    model = dict(p=jnp.ones(3), n=jnp.arange(2), f=jnp.sin)
+    model = dict(p=np.ones(3, "float32"), n=jnp.arange(2), f=jnp.sin, rate=0.5)
     w, flat = cf.Objective(lambda m: jnp.sum(m["f"](m["p"])) + m["n"][1]).flatten(model)
     assert w.shape == (3,)
     np.testing.assert_allclose(flat.grad(w), np.cos(np.ones(3)), rtol=1e-6)

@@ -1,5 +1,6 @@
 """Discrete updates, schedules, and the critical sharpness."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -35,15 +36,80 @@ def test_gradient_descent_is_optax_sgd(learning_rate):
     np.testing.assert_allclose(w, v, rtol=7 * 4 * 6e-8)
 
 
-@pytest.mark.parametrize("optimizer", [cf.GradientDescent(0.3)])
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("learning_rate", [0.1, optax.cosine_decay_schedule(0.1, 10)])
+def test_rmsprop_is_optax_rmsprop(learning_rate, eps, bias_correction):
+    objective = cf.Objective(lambda w: jnp.sum(jnp.cosh(w)) + w[0] * w[1])
+    start = jnp.array([1.0, -2.0, 0.5])
+    optimizer = cf.RMSProp(learning_rate, 0.9, eps, bias_correction)
+    w, _ = _run(optimizer, objective, start, 7)
+    theirs = optax.rmsprop(
+        learning_rate, 0.9, eps, eps_in_sqrt=False, bias_correction=bias_correction
+    )
+    v, state = start, theirs.init(start)
+    for _ in range(7):
+        updates, state = theirs.update(objective.flatten(v)[1].grad(v), state)
+        v = optax.apply_updates(v, updates)
+    # some ten roundings of float32 a step
+    np.testing.assert_allclose(w, v, rtol=7 * 10 * 6e-8)
+
+
+def test_scalar_rmsprop_is_rmsprop_of_the_norm():
+    """In one dimension the two are the same, and in more nu takes in |g|^2."""
+    arguments = (0.1, 0.9, 0.01, True)
+    one = cf.Objective(lambda w: jnp.sum(jnp.cosh(w)))
+    w, _ = _run(cf.ScalarRMSProp(*arguments), one, jnp.array([1.5]), 5)
+    v, _ = _run(cf.RMSProp(*arguments), one, jnp.array([1.5]), 5)
+    np.testing.assert_allclose(w, v, rtol=1e-6)
+    optimizer = cf.ScalarRMSProp(*arguments)
+    state = optimizer.init(jnp.zeros(2))
+    state = optimizer.update_state(state, jnp.array([3.0, 4.0]))
+    np.testing.assert_allclose(state.nu, 0.1 * 25, rtol=1e-6)
+    np.testing.assert_allclose(  # bias-corrected to |g| = 5
+        optimizer.preconditioner(state), (5 + 0.01) / 0.1, rtol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", [cf.RMSProp, cf.ScalarRMSProp])
+def test_the_flow_of_the_state_follows_its_updates(kind):
+    """At constant gradient nu_hat = g * g at all times, and nu itself follows the
+    updates to the accuracy of a backward Euler step, (1 - beta2)^2/2 each."""
+    g, beta2 = jnp.array([0.5, 2.0]), 0.99
+    optimizer = kind(0.1, beta2, bias_correction=True)
+    state = optimizer.update_state(optimizer.init(g), g)
+    discrete, flow = state, state
+    for _ in range(100):
+        discrete = optimizer.update_state(discrete, g)
+        for _ in range(10):
+            rate = optimizer.state_rate(flow, g, g * g)
+            flow = jax.tree.map(lambda s, r: s + 0.1 * r, flow, rate)
+    assert flow.updates == pytest.approx(101)
+    np.testing.assert_allclose(flow.nu, discrete.nu, rtol=100 * 0.01**2)
+    # log(beta2) (1/beta2 - 1) a step
+    np.testing.assert_allclose(flow.bias, discrete.bias, rtol=1.1 * 100 * 0.01**2)
+    exact = optimizer.preconditioner(discrete)
+    np.testing.assert_allclose(optimizer.preconditioner(flow), exact, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        cf.GradientDescent(0.3),
+        # eps is far above the gradients, so the preconditioner is constant
+        cf.RMSProp(0.3, 0.9, eps=1.0),
+        cf.ScalarRMSProp(0.3, 0.9, eps=1.0),
+    ],
+)
 @pytest.mark.parametrize(("factor", "stable"), [(0.99, True), (1.01, False)])
 def test_critical_sharpness_on_a_quadratic(optimizer, factor, stable):
-    w = jnp.array([1.0])
+    w = jnp.array([1e-8])
     P = optimizer.preconditioner(optimizer.update_state(optimizer.init(w), w))
     curvature = factor * optimizer.critical_sharpness * P
-    objective = cf.Objective(lambda w: 0.5 * curvature * jnp.sum(w**2))
+    objective = cf.Objective(lambda w: jnp.sum(0.5 * curvature * w**2))
     end, _ = _run(optimizer, objective, w, 500)
-    assert bool(jnp.abs(end[0]) < 1) == stable
+    assert bool(jnp.abs(end[0]) < w[0]) == stable
 
 
 def test_schedule_counts_steps_from_zero():
@@ -61,3 +127,21 @@ def test_schedule_counts_steps_from_zero():
 def test_bad_learning_rate(value):
     with pytest.raises(ValueError, match="learning_rate"):
         cf.GradientDescent(value)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("kind", [cf.RMSProp, cf.ScalarRMSProp])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(beta2=0.0), "beta2"),
+        (dict(beta2=1.0), "beta2"),
+        (dict(beta2=np.nan), "beta2"),
+        (dict(eps=-1e-8), "eps"),
+        (dict(eps=np.inf), "eps"),
+        (dict(learning_rate=0.0), "learning_rate"),
+    ],
+)
+def test_bad_rmsprop(kind, change, named):
+    with pytest.raises(ValueError, match=named):
+        kind(**(dict(learning_rate=0.1, beta2=0.9) | change))

@@ -197,7 +197,15 @@ _bad = [
     (dict(objective=cf.Objective(lambda m: jnp.asarray(1))), "`loss_fn`.*real"),
     (dict(optimizer_state=jnp.zeros(3)), "`optimizer_state`"),
     (dict(optimizer_state=dict(nu=jnp.zeros(()))), "`optimizer_state`"),
+    (dict(optimizer_state="x"), "`optimizer_state`"),
     (dict(metrics={"f": 3}), "`metrics`"),
+    (dict(metrics=[lambda m: 0.0]), "`metrics`.*list"),
+    (dict(metrics={"f": lambda m: "word"}), "`metrics`.*'f'"),
+    (dict(metrics={"f": lambda m: dict(a=1.0)}), "`metrics`.*'f'"),
+    (dict(optimizer=cf.GradientDescent(lambda t: 0.1 - t)), "`learning_rate`.*step 1"),
+    (dict(optimizer=cf.GradientDescent(lambda t: t / 0)), "`learning_rate`"),
+    (dict(optimizer=cf.GradientDescent(lambda t: jnp.ones(2))), "`learning_rate`"),
+    (dict(weight_times="ab"), "`weight_times`"),
     (dict(weight_times=[2, 1]), "`weight_times`"),
     (dict(weight_times=[5]), r"`weight_times`.*\[0, 3\]"),
 ]
@@ -209,6 +217,7 @@ _bad_train = [
 _bad_predict = [
     (dict(flow="central"), "`flow`"),
     (dict(rtol=-1e-3), "`rtol`"),
+    (dict(rtol=1e-3), "`rtol`.*substeps"),
     (dict(times=[]), "`times`"),
     (dict(times=[[1.0]]), "`times`"),
     (dict(times=[2, 1]), "`times`.*increasing"),

@@ -22,13 +22,15 @@ class FlowState(eqx.Module):
 
 
 class Work(eqx.Module):
-    """How often the derivatives were evaluated on the full data set, and how often an
-    inner solver did not converge."""
+    """How often the derivatives were evaluated on the full data set, how often an inner
+    solver did not converge, and the largest residual norm of an eigenpair over the
+    largest eigenvalue."""
 
     gradients: Int[Array, ""] | int = 0
     hvps: Int[Array, ""] | int = 0
     third_derivatives: Int[Array, ""] | int = 0
     unconverged: Int[Array, ""] | int = 0
+    eigen_residual: Float[Array, ""] | float = 0.0
 
 
 class AbstractFlow(eqx.Module):

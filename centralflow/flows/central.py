@@ -6,6 +6,7 @@ eigenvectors of P^-1 H with eigenvalues lambda_i, normalized to U P U' = I; the 
 is w + delta with E[delta] = 0 and E[delta delta'] = Sigma = U' X U.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ from ..optimizers import AbstractOptimizer, Vector
 from ..solvers import AbstractComplementarityTerm, Moreau
 from .base import AbstractFlow, FlowState, Work
 
+# An eigenvalue is taken for one that may become critical within a step unless it would
+# have to rise by more than this share of the critical sharpness per optimizer step.
+_MAX_RISE = 0.1
 # Eigenvectors tracked beyond the critical ones, so that the next to become critical is
 # known before it does.
 _GUARDS = 2
@@ -78,7 +82,12 @@ class CentralFlow(AbstractFlow):
         metrics: dict[str, Callable],
     ) -> "CentralTerm":
         return CentralTerm(
-            objective, optimizer, metrics, self.block_size, self.eigen_tolerance
+            objective,
+            optimizer,
+            metrics,
+            self.block_size,
+            self.eigen_tolerance,
+            _MAX_RISE / self.substeps,
         )
 
     def solver(self) -> Moreau:
@@ -87,25 +96,32 @@ class CentralFlow(AbstractFlow):
     def stepsize(
         self, rtol: float | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
+        if rtol is not None:
+            raise ValueError(
+                f"`rtol` is {rtol!r}, but the steps of `CentralFlow` are fixed: set "
+                "`substeps` instead."
+            )
         return diffrax.ConstantStepSize(), 1 / self.substeps
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
-        expansion = None if previous is None else previous.expansion
-        return self.solver().start(term, y, 1 / self.substeps, expansion)
+        return self.solver().start(term, y, 1 / self.substeps, previous)
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         return y.observables
 
     def work(self, solver_state: Any, steps: Any, reports: int) -> Work:
-        return solver_state.expansion.work
+        work = solver_state.expansion.work
+        return dataclasses.replace(
+            work, unconverged=work.unconverged + solver_state.unconverged
+        )
 
     def event(self) -> diffrax.Event:
         def crowded(t, y, args, *, terms, **kwargs):
             term = getattr(terms, "term", terms)
             if self.block_size >= y.weights.size:
                 return jnp.array(False)
-            needed = term.count_critical(y.observables["sharpness"]) + _GUARDS
-            return needed > self.block_size
+            critical = term.count_critical(y.observables["sharpness"])
+            return critical + _GUARDS > self.block_size
 
         return diffrax.Event(crowded)
 
@@ -118,16 +134,20 @@ class CentralFlow(AbstractFlow):
 
 
 class Expansion(eqx.Module):
-    """The loss to third order at one point, along the top eigenvectors there. Row
+    """The loss to third order at one point, along the top eigenvectors there.
+
+    `sharpness` and `eigenvectors` hold whatever Ritz pairs there are, of which the
+    first `known` have converged and the first `critical` may become tight. Row
     i (i + 1) / 2 + j of `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical
-    u_i and u_j."""
+    u_i and u_j.
+    """
 
     loss: Float[Array, ""]
     gradient: Float[Array, " n"]
     sharpness: Float[Array, " k"]
     eigenvectors: Float[Array, "k n"]
-    residuals: Float[Array, " k"]
     forces: Float[Array, "m n"]
+    known: Int[Array, ""]
     critical: Int[Array, ""]
     work: Work
 
@@ -140,12 +160,13 @@ class CentralTerm(AbstractComplementarityTerm):
     metrics: dict[str, Callable]
     block_size: int = eqx.field(static=True)
     eigen_tolerance: Float[Array, ""]
+    margin: Float[Array, ""]  # of the critical set, over the critical sharpness
 
     # The averages over the oscillations, to second order in delta.
 
     def mean_loss(self, e: Expansion, X: Float[Array, "k k"]) -> Float[Array, ""]:
         """E[L] = L + <H, Sigma> / 2."""
-        return e.loss + 0.5 * jnp.sum(_tracked(e.sharpness) * jnp.diag(X))
+        return e.loss + 0.5 * jnp.sum(e.sharpness * jnp.diag(X))
 
     def mean_gradient(self, e: Expansion, X: Float[Array, "k k"]) -> Vector:
         """E[g] = g + (1/2) sum_ij X_ij D_ij."""
@@ -166,7 +187,7 @@ class CentralTerm(AbstractComplementarityTerm):
     ) -> Float[Array, ""]:
         """E|g|^2 = |g|^2 + tr(H Sigma H)."""
         P = self.optimizer.preconditioner(y.optimizer_state)
-        HU = _tracked(e.sharpness)[:, None] * P * e.eigenvectors
+        HU = e.sharpness[:, None] * P * e.eigenvectors
         return e.gradient @ e.gradient + jnp.sum(X * (HU @ HU.T))
 
     def mean_observable(
@@ -192,7 +213,7 @@ class CentralTerm(AbstractComplementarityTerm):
     # The equation.
 
     def vf(self, t, y: FlowState, args) -> FlowState:
-        """The rate where no eigenvalue is critical: the stable flow."""
+        """The rate at X = 0: the stable flow."""
         g = self.objective.grad(y.weights)
         return self._rate(y, g, g * g)
 
@@ -210,7 +231,7 @@ class CentralTerm(AbstractComplementarityTerm):
 
     def constraint(self, e: Expansion) -> Float[Array, "k k"]:
         kappa = self.optimizer.critical_sharpness
-        return jnp.diag(kappa - _tracked(e.sharpness))
+        return jnp.diag(kappa - e.sharpness)
 
     def constraint_rate(
         self, y: FlowState, e: Expansion, rate: FlowState
@@ -237,7 +258,7 @@ class CentralTerm(AbstractComplementarityTerm):
     def count_critical(self, sharpness: Float[Array, " k"]) -> Int[Array, ""]:
         """How many eigenvalues are so near the critical one that they may reach it
         within a step."""
-        limit = 0.975 * self.optimizer.critical_sharpness
+        limit = (1 - self.margin) * self.optimizer.critical_sharpness
         return jnp.sum(sharpness > limit, dtype=jnp.int32)
 
     # The expansion.
@@ -245,18 +266,12 @@ class CentralTerm(AbstractComplementarityTerm):
     def expand(self, y: FlowState, previous: Expansion | None) -> Expansion:
         w, k = y.weights, self.block_size
         P = self.optimizer.preconditioner(y.optimizer_state)
-        scale = jnp.sqrt(P)
         loss, gradient = self.objective.value_and_grad(w)
-
-        # Eigenpairs of P^-1/2 H P^-1/2; its eigenvectors are P^1/2 u.
-        def operator(V, count):
-            return self.objective.hvps(w, V / scale, count) / scale
-
         if previous is None:
             start = jr.normal(jr.key(0), (k, w.size), w.dtype)
-            count, wanted, sweeps, work = k, min(_GUARDS, k), 200, Work()
+            count, wanted, sweeps, work = k, max(k - _GUARDS, 1), 200, Work()
         else:
-            start = previous.eigenvectors * scale
+            start = previous.eigenvectors * jnp.sqrt(P)
             missing = k - start.shape[0]
             if missing:
                 extra = jr.normal(jr.key(k), (missing, w.size), w.dtype)
@@ -265,30 +280,33 @@ class CentralTerm(AbstractComplementarityTerm):
             count = jnp.minimum(previous.critical + _GUARDS, k)
             sweeps, work = 20, previous.work
         pairs = top_eigenpairs(
-            operator,
+            self.objective.preconditioned_hessian(w, P),
             start,
             count,
             wanted,
             tolerance=self.eigen_tolerance.astype(w.dtype),
             max_sweeps=sweeps,
+            # Looks for eigenvectors that a symmetry hides from those tracked.
+            key=jr.fold_in(jr.key(1), work.gradients),
         )
-        U = pairs.vectors / scale
+        U = pairs.vectors / jnp.sqrt(P)
         critical = self.count_critical(pairs.values)
-        forces = self.objective.thirds(w, U, critical)
+        relative = pairs.residuals / jnp.max(jnp.abs(pairs.values))
+        residual = jnp.max(jnp.where(jnp.arange(k) < wanted, relative, 0))
         return Expansion(
             loss=loss,
             gradient=gradient,
-            # The other rows have not converged.
-            sharpness=jnp.where(jnp.arange(k) < wanted, pairs.values, jnp.nan),
+            sharpness=jnp.where(jnp.isfinite(pairs.values), pairs.values, 0),
             eigenvectors=U,
-            residuals=pairs.residuals,
-            forces=forces,
+            forces=self.objective.thirds(w, U, critical),
+            known=jnp.maximum(wanted, critical),
             critical=critical,
             work=Work(
                 work.gradients + jnp.int32(1),
                 work.hvps + pairs.products,
                 work.third_derivatives + critical * (critical + 1) // 2,
                 work.unconverged + (~pairs.converged).astype(jnp.int32),
+                jnp.maximum(work.eigen_residual, residual),
             ),
         )
 
@@ -298,7 +316,9 @@ class CentralTerm(AbstractComplementarityTerm):
             mean_loss=self.mean_loss(e, X),
             grad_norm_sq=e.gradient @ e.gradient,
             mean_grad_norm_sq=self.mean_grad_norm_sq(y, e, X),
-            sharpness=e.sharpness,
+            sharpness=jnp.where(
+                jnp.arange(self.block_size) < e.known, e.sharpness, jnp.nan
+            ),
             oscillation=jnp.maximum(jnp.linalg.eigvalsh(X)[::-1], 0),
             metrics={
                 name: self.mean_observable(fn, y, e, X)
@@ -308,8 +328,6 @@ class CentralTerm(AbstractComplementarityTerm):
         return FlowState(y.weights, y.optimizer_state, observables)
 
     def is_finite(self, y: FlowState, e: Expansion) -> Bool[Array, ""]:
-        return jnp.isfinite(e.loss) & jnp.all(jnp.isfinite(y.weights))
-
-
-def _tracked(sharpness: Float[Array, " k"]) -> Float[Array, " k"]:
-    return jnp.where(jnp.isnan(sharpness), 0, sharpness)
+        return jnp.isfinite(y.observables["mean_loss"]) & jnp.all(
+            jnp.isfinite(y.weights)
+        )

@@ -44,13 +44,12 @@ class StableFlow(AbstractFlow):
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         field = term.vector_field
         loss, gradient = field.objective.value_and_grad(y.weights)
-        model = field.objective.model(y.weights)
         return dict(
             loss=loss,
             mean_loss=loss,
             grad_norm_sq=gradient @ gradient,
             mean_grad_norm_sq=gradient @ gradient,
-            metrics={name: fn(model) for name, fn in field.metrics.items()},
+            metrics=field.objective.evaluate(field.metrics, y.weights),
         )
 
     def work(self, solver_state: Any, steps: Any, reports: int) -> Work:

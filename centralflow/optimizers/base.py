@@ -2,10 +2,12 @@
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..objective import is_traced
@@ -87,8 +89,11 @@ def rate_of_last_update(
     """The learning rate with which update number `updates` was made."""
     # Update number 1 is step 0. Before any update the rate is that of step 0 too.
     if callable(learning_rate):
-        learning_rate = learning_rate(jnp.maximum(updates - 1, 0))
-    return jnp.asarray(learning_rate, updates.dtype)
+        # Not `maximum`, whose derivative is one half at the tie, where a flow starts.
+        learning_rate = learning_rate(jnp.where(updates < 1, 0, updates - 1))
+    # A warm-up may start at zero, where P is infinite.
+    rate = jnp.asarray(learning_rate, updates.dtype)
+    return jnp.where(rate == 0, jnp.finfo(rate.dtype).eps ** 2, rate)
 
 
 def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
@@ -96,6 +101,8 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     if callable(learning_rate):
         return learning_rate
     try:
+        if isinstance(learning_rate, str | bytes | bool):
+            raise TypeError("not a number")
         value = jnp.asarray(learning_rate, jnp.result_type(float))
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -109,3 +116,31 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     if not is_traced(value) and not 0 < float(value) < float("inf"):
         raise ValueError(f"`learning_rate` must be positive and finite, got {value}.")
     return value
+
+
+def check_schedule(learning_rate: Float[Array, ""] | Schedule, steps: int) -> None:
+    """Raise if a schedule is negative or not finite somewhere in `steps` steps."""
+    if not callable(learning_rate):
+        return
+    times = jnp.arange(steps + 1, dtype=jnp.result_type(float))
+    rates = jax.jit(lambda t: jax.lax.map(lambda t: _as_scalar(learning_rate(t)), t))(
+        times
+    )
+    if is_traced(rates):
+        return
+    bad = np.flatnonzero(~((np.asarray(rates) >= 0) & np.isfinite(np.asarray(rates))))
+    if bad.size:
+        raise ValueError(
+            "`learning_rate` must be finite and not negative; the schedule returned "
+            f"{float(rates[bad[0]])} at step {bad[0]}."
+        )
+
+
+def _as_scalar(rate: Any) -> Float[Array, ""]:
+    rate = jnp.asarray(rate, jnp.result_type(float))
+    if rate.shape != ():
+        raise ValueError(
+            "`learning_rate` must be a schedule that returns scalars; it returned an "
+            f"array of shape {rate.shape}."
+        )
+    return rate

@@ -18,11 +18,12 @@ from .base import (
 
 
 class SecondMoment(eqx.Module):
-    """The state of RMSProp: how many gradients have entered nu, and nu itself, `[n]`
-    or a scalar."""
+    """The state of RMSProp: how many gradients have entered nu; nu, `[n]` or a scalar;
+    and beta2^updates, the weight that nu still gives to its initial zero."""
 
     updates: Float[Array, ""]
     nu: Diagonal
+    bias: Float[Array, ""]
 
 
 class _AbstractRMSProp(AbstractOptimizer):
@@ -37,28 +38,30 @@ class _AbstractRMSProp(AbstractOptimizer):
 
     def init(self, weights: Vector) -> SecondMoment:
         zero = jnp.zeros((), weights.dtype)
-        return SecondMoment(zero, jnp.zeros_like(self.moment(weights)))
+        return SecondMoment(zero, jnp.zeros_like(self.moment(weights)), zero + 1)
 
     def update_state(self, state: SecondMoment, gradient: Vector) -> SecondMoment:
         beta2 = self.beta2.astype(gradient.dtype)
         moment = self.moment(gradient * gradient)
-        return SecondMoment(state.updates + 1, beta2 * state.nu + (1 - beta2) * moment)
+        nu = beta2 * state.nu + (1 - beta2) * moment
+        return SecondMoment(state.updates + 1, nu, beta2 * state.bias)
 
     def state_rate(
         self, state: SecondMoment, gradient: Vector, gradient_sq: Vector
     ) -> SecondMoment:
         # With nu after the update at integer times, backward Euler of this equation is
-        # the update itself: nu' - nu = (1 - beta2)/beta2 (g * g - nu').
+        # the update itself: nu' - nu = (1 - beta2)/beta2 (g * g - nu'). The factor
+        # 1/beta2 is that of time, and the bias takes it too.
         beta2 = self.beta2.astype(gradient_sq.dtype)
-        rate = (1 - beta2) / beta2 * (self.moment(gradient_sq) - state.nu)
-        return SecondMoment(jnp.ones_like(state.updates), rate)
+        nu = (1 - beta2) / beta2 * (self.moment(gradient_sq) - state.nu)
+        bias = jnp.log(beta2) / beta2 * state.bias
+        return SecondMoment(jnp.ones_like(state.updates), nu, bias)
 
     def preconditioner(self, state: SecondMoment) -> Diagonal:
         nu = state.nu
         if self.bias_correction:
             # Before any update nu is zero, whatever it is divided by.
-            count = jnp.maximum(state.updates, 1)
-            nu = nu / -jnp.expm1(count * jnp.log(self.beta2.astype(nu.dtype)))
+            nu = nu / jnp.where(state.bias < 1, 1 - state.bias, 1)
         rate = rate_of_last_update(self.learning_rate, state.updates)
         return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
 

@@ -64,6 +64,7 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
 class _State(eqx.Module):
     expansion: Any
     X: Float[Array, "k k"]
+    unconverged: Int[Array, ""]  # complementarity problems so far
 
 
 class Moreau(diffrax.AbstractSolver):
@@ -94,7 +95,8 @@ class Moreau(diffrax.AbstractSolver):
         return 1
 
     def start(self, term, y0, dt, previous) -> tuple[PyTree, _State]:
-        """y0 with its observables, and the solver state there."""
+        """y0 with its observables, and the solver state there; `previous` is that at
+        the end of an earlier part, or None."""
         return _complete(term, y0, previous, dt)
 
     def init(self, terms, t0, t1, y0, args) -> _State:
@@ -105,7 +107,7 @@ class Moreau(diffrax.AbstractSolver):
         term, dt = terms.term, t1 - t0
         rate = term.rate(y0, solver_state.expansion, solver_state.X)
         y1 = jax.tree.map(lambda y, r: y + dt * r, y0, rate)
-        y1, new_state = _complete(term, y1, solver_state.expansion, dt)
+        y1, new_state = _complete(term, y1, solver_state, dt)
         good = term.is_finite(y1, new_state.expansion)
         result = diffrax.RESULTS.where(
             good, diffrax.RESULTS.successful, diffrax.RESULTS.nonfinite
@@ -121,10 +123,13 @@ class Moreau(diffrax.AbstractSolver):
         return terms.vf(t0, y0, args)
 
 
-def _complete(term, y, previous, dt) -> tuple[PyTree, _State]:
-    expansion = term.expand(y, previous)
-    X = multiplier(term, y, expansion, dt).X
-    return term.record(y, expansion, X), _State(expansion, X)
+def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
+    expansion = term.expand(y, None if previous is None else previous.expansion)
+    solution = multiplier(term, y, expansion, dt)
+    failures = jnp.int32(0) if previous is None else previous.unconverged
+    failures = failures + (~solution.converged).astype(jnp.int32)
+    y = term.record(y, expansion, solution.X)
+    return y, _State(expansion, solution.X, failures)
 
 
 def multiplier(
