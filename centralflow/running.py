@@ -132,8 +132,9 @@ def warn_if_unconverged(count: Any) -> None:
     """Say that an inner solver stopped short of its tolerance."""
     if int(count):
         warnings.warn(
-            f"An eigensolver or a complementarity problem did not converge {int(count)} "
-            "times (`stats['unconverged']`): the eigenvalues may be inaccurate there.",
+            "An eigensolver or a complementarity problem did not converge "
+            f"{int(count)} times (`stats['unconverged']`): the eigenvalues may be "
+            "inaccurate there.",
             stacklevel=3,
         )
 

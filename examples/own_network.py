@@ -34,11 +34,18 @@ def loss(model, batch):
     return jnp.mean((jax.vmap(model)(images) - labels) ** 2)
 
 
-def main(width=40, size=500, warm_start=20, steps=300, output="own_network.png"):
+def main(
+    width=40,
+    size=500,
+    learning_rate=0.5,
+    warm_start=20,
+    steps=300,
+    output="own_network.png",
+):
     """Train, predict, compare; returns the comparison."""
     objective = cf.Objective(loss, cf.data.digits(size))
     model = Network(width, jax.random.key(0))
-    optimizer = cf.GradientDescent(learning_rate=0.5)
+    optimizer = cf.GradientDescent(learning_rate)
 
     warm = cf.train(objective, model, optimizer, warm_start)
     start = dict(steps=steps, optimizer_state=warm.optimizer_state)

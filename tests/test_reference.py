@@ -102,7 +102,7 @@ def test_averages_of_a_run_at_the_edge():
     objective = cf.Objective(cf.losses.squared_error, cf.data.digits(1000))
     model = cf.models.MLP(64, 10, key=jax.random.key(0))
     optimizer = cf.GradientDescent(0.7)
-    warm = cf.train(objective, model, optimizer, 60)
+    warm = cf.train(objective, model, optimizer, 86)
     run = cf.train(
         objective, warm.model, optimizer, 500, sharpness_every=10, sharpness_count=6
     )
@@ -115,7 +115,8 @@ def test_averages_of_a_run_at_the_edge():
     norm, flow_norm = mean(run.grad_norm_sq), mean(prediction.mean_grad_norm_sq)
     observed, predicted = variances(run, prediction)
     variance = np.sum(observed[10:]) / np.sum(predicted[10:])
-    # Measured: 1.004, 1.055 and 1.060. How the cycles fall depends on rounding.
+    # Measured: 1.001, 1.014 and 1.018; and 1.004, 1.055 and 1.060 from another
+    # start. How the cycles fall depends on rounding.
     assert abs(loss / flow_loss - 1) < 0.01
     # the oscillation is nearly all of E[L] - L and of E|g|^2
     assert mean(prediction.grad_norm_sq) < 0.1 * flow_norm

@@ -171,11 +171,15 @@ def test_divergence_of_a_flow_keeps_what_there_was(flow):
 
 def test_warns_if_the_start_is_above_the_edge():
     objective = cf.Objective(lambda w: 10 * jnp.sum(w**2))
-    with pytest.warns(UserWarning, match="sharpness at the start, 6, .* critical 2"):
+    # Without third derivatives nothing can bring the sharpness down either.
+    with (
+        pytest.warns(UserWarning, match="did not converge 5 times"),
+        pytest.warns(UserWarning, match=r"sharpness at the start, 6, .* critical 2"),
+    ):
         cf.predict(objective, jnp.ones(2), cf.GradientDescent(0.3), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cf.predict(objective, jnp.ones(2), cf.GradientDescent(0.1), 1)
+        cf.predict(objective, jnp.ones(2), cf.GradientDescent(0.09), 1)
 
 
 def _nothing(model):
