@@ -1,7 +1,6 @@
 """The largest eigenpairs of a symmetric operator, tracked by block Rayleigh–Ritz."""
 
 from collections.abc import Callable
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-# On GPUs a float32 matrix product is rounded to TF32 (ε ≈ 1e-3) by default, which
-# would cap the residuals there. Set per product, not by a context manager: that would
-# change the precision of the user's operator too.
-_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+from .precision import full_precision
+
+# Product by product: the user's operator is called in between.
+_matmul = full_precision(jnp.matmul)
 
 
 class Eigenpairs(eqx.Module):

@@ -58,7 +58,7 @@ def check_start(
             f"the arrays {_shapes(optimizer_state)}, not {_shapes(like)}."
         )
     if not is_traced((objective, weights, optimizer, optimizer_state)):
-        value = float(eqx.filter_jit(flat.loss)(weights))
+        value = float(_loss(flat, weights))
         if not np.isfinite(value):
             raise ValueError(
                 f"`loss_fn` returned {value} at the initial `model`: the loss must be "
@@ -170,6 +170,11 @@ def _listen(event: str, duration: float, **kwargs: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@eqx.filter_jit
+def _loss(flat: FlatObjective, weights: Float[Array, " n"]) -> Float[Array, ""]:
+    return flat.loss(weights)
 
 
 def _shapes(tree: PyTree) -> Any:

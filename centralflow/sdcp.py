@@ -9,6 +9,8 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .precision import full_precision
+
 
 class SDCPSolution(eqx.Module):
     """What [`centralflow.sdcp.solve_sdcp`][] returns.
@@ -265,6 +267,7 @@ def _equilibrate(
     return problem, d, alpha
 
 
+@full_precision
 def solve_sdcp(
     A: Float[Array, "k k"],
     B: Float[Array, "k k k k"],

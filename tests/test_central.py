@@ -265,3 +265,38 @@ def test_a_hidden_eigenvalue_is_found():
     true = [0.3 * np.linalg.eigvalsh(H(w))[-1] for w in flow.weights]
     assert true[-1] > 1.99  # the fourth is at the edge at the end
     np.testing.assert_allclose(flow.sharpness[::50, 0], true, atol=2e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_eigenvalue_of_scalar_rmsprop():
+    """At the edge eta S / sqrt(nu) = 2 stays: dS/dt / S = dnu/dt / (2 nu), with
+
+        dS/dt  = -(eta / sqrt(nu)) <grad S, g + sigma^2 grad S / 2>,
+        dnu/dt = c (|g|^2 + S^2 sigma^2 - nu),    c = (1 - beta2) / beta2,
+
+    which is linear in sigma^2."""
+    eta, beta2 = 0.2, 0.9
+    objective, model = _near_the_edge(jnp.float64)
+    model = cf.train(objective, model, cf.GradientDescent(0.05), 400).model
+    w, flat = objective.flatten(model)
+    H = jax.hessian(flat.loss)
+    S, g = jnp.linalg.eigvalsh(H(w))[-1], flat.grad(w)
+    grad_S = jax.grad(lambda w: jnp.linalg.eigvalsh(H(w))[-1])(w)
+    root = eta * S / 2
+    c, nu = (1 - beta2) / beta2, root**2
+    free = -(eta / root) * (grad_S @ g) / S - c * (g @ g - nu) / (2 * nu)
+    held = (eta / root) * (grad_S @ grad_S) / (2 * S) + c * S**2 / (2 * nu)
+    sigma_sq = free / held
+    assert sigma_sq > 0
+
+    optimizer = cf.ScalarRMSProp(eta, beta2)
+    # the state that is at the edge once the gradient at w has entered it
+    state = optimizer.init(w)
+    state = type(state)(state.updates, (nu - (1 - beta2) * (g @ g)) / beta2, state.bias)
+    flow = cf.predict(
+        objective, model, optimizer, 1, optimizer_state=state, times=[0.0, 1.0],
+        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9),
+    )  # fmt: skip
+    # Sigma = X u u' with u' P u = 1 and P = sqrt(nu) / eta. The SDCP is posed on the
+    # end of the step, linearized at its start: exact there.
+    np.testing.assert_allclose(flow.oscillation[0, 0], sigma_sq * root / eta, rtol=1e-7)

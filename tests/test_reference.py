@@ -122,3 +122,55 @@ def test_averages_of_a_run_at_the_edge():
     assert mean(prediction.grad_norm_sq) < 0.1 * flow_norm
     assert abs(norm / flow_norm - 1) < 0.12
     assert abs(variance - 1) < 0.12
+
+
+@pytest.fixture(scope="module")
+def rmsprop():
+    arrays, config, objective, model = reference("rmsprop_mlp_digits")
+    names = ("learning_rate", "beta2", "eps", "bias_correction")
+    optimizer = cf.RMSProp(*(config[name] for name in names))
+    warm = cf.train(objective, model, optimizer, config["warm_start"])
+    problem = (objective, warm.model, optimizer, config["steps"] - 1)
+    start = dict(optimizer_state=warm.optimizer_state)
+    flow = cf.CentralFlow(substeps=config["flow_substeps"])
+    prediction = cf.predict(*problem, **start, flow=flow)
+    stable = cf.predict(*problem, **start, flow=cf.StableFlow())
+    run = cf.train(*problem, **start, sharpness_every=10, sharpness_count=4)
+    return arrays, prediction, stable, run
+
+
+def test_rmsprop_optimizer(rmsprop):
+    arrays, _, _, run = rmsprop
+    assert np.max(_errors(run.loss, arrays["discrete_loss"])[:50]) < 1e-5
+
+
+def test_rmsprop_flow(rmsprop):
+    arrays, prediction, _, _ = rmsprop
+    # Asked for are 1e-2 everywhere and 3e-3 on average; measured are 3.2e-4 and 2.2e-4
+    # for the loss, 3.5e-4 and 2.3e-4 for the mean loss.
+    for ours, published in (
+        (prediction.loss, arrays["central_loss"]),
+        (prediction.mean_loss, arrays["central_mean_loss"]),
+    ):
+        errors = _errors(ours, published)
+        assert np.max(errors) < 1e-3
+        assert np.mean(errors) < 5e-4
+    published = arrays["central_sharpness"][:, 0]
+    errors = np.abs(prediction.sharpness[: len(published), 0] - published)
+    assert np.max(errors) < 5e-3  # asked for is 2e-2, measured 1.6e-3
+    published = np.nansum(arrays["central_variances"], axis=1)
+    ours = np.sum(prediction.oscillation, axis=1)[: len(published)]
+    # Measured is 1.5 % on average where X > 1e-5; up to 17 % in the first steps after
+    # the onset, where X grows tenfold.
+    large = published > 1e-5
+    assert np.mean(np.abs(ours[large] / published[large] - 1)) < 0.03
+    settled = published > 2e-4
+    assert np.max(np.abs(ours[settled] / published[settled] - 1)) < 0.05
+
+
+def test_rmsprop_against_the_optimizer(rmsprop):
+    _, prediction, stable, run = rmsprop
+    report, naive = cf.compare(run, prediction), cf.compare(run, stable)
+    # measured: 0.39 % (stable flow: 1.47 %), and 1.7 % against 7.2 %
+    assert report.loss_error < 0.006
+    assert report.weight_distance < 0.4 * naive.weight_distance

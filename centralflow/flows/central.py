@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..eigen import top_eigenpairs
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer, Vector
+from ..precision import full_precision
 from ..solvers import AbstractComplementarityTerm, Moreau
 from .base import AbstractFlow, FlowState, Work
 
@@ -168,11 +169,13 @@ class CentralTerm(AbstractComplementarityTerm):
         """E[L] = L + <H, Sigma> / 2."""
         return e.loss + 0.5 * jnp.sum(e.sharpness * jnp.diag(X))
 
+    @full_precision
     def mean_gradient(self, e: Expansion, X: Float[Array, "k k"]) -> Vector:
         """E[g] = g + (1/2) sum_ij X_ij D_ij."""
         i, j = np.tril_indices(X.shape[0])
         return e.gradient + 0.5 * (jnp.where(i == j, 1, 2) * X[i, j]) @ e.forces
 
+    @full_precision
     def mean_gradient_sq(
         self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
     ) -> Vector:
@@ -182,6 +185,7 @@ class CentralTerm(AbstractComplementarityTerm):
         HU = self.optimizer.critical_sharpness * P * e.eigenvectors
         return e.gradient**2 + jnp.sum(HU * (X @ HU), axis=0)
 
+    @full_precision
     def mean_grad_norm_sq(
         self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
     ) -> Float[Array, ""]:
@@ -195,7 +199,9 @@ class CentralTerm(AbstractComplementarityTerm):
     ) -> PyTree[Array]:
         """E[h] = h + <hess h, Sigma> / 2, with Sigma = sum_r f_r f_r'."""
         variances, Q = jnp.linalg.eigh(X)
-        factors = (jnp.sqrt(jnp.maximum(variances, 0)) * Q).T @ e.eigenvectors
+        factors = full_precision(jnp.matmul)(
+            (jnp.sqrt(jnp.maximum(variances, 0)) * Q).T, e.eigenvectors
+        )
         k = X.shape[0]
 
         def real(model):  # counts, too, have averages
@@ -233,6 +239,7 @@ class CentralTerm(AbstractComplementarityTerm):
         kappa = self.optimizer.critical_sharpness
         return jnp.diag(kappa - e.sharpness)
 
+    @full_precision
     def constraint_rate(
         self, y: FlowState, e: Expansion, rate: FlowState
     ) -> Float[Array, "k k"]:
