@@ -9,6 +9,9 @@ from .compare import time_average as time_average
 from .flows import AbstractFlow as AbstractFlow
 from .flows import CentralFlow as CentralFlow
 from .flows import StableFlow as StableFlow
+from .measure import Sharpness as Sharpness
+from .measure import midpoints as midpoints
+from .measure import sharpness as sharpness
 from .objective import FlatObjective as FlatObjective
 from .objective import Objective as Objective
 from .optimizers import AbstractOptimizer as AbstractOptimizer
@@ -18,6 +21,8 @@ from .optimizers import ScalarRMSProp as ScalarRMSProp
 from .predict import predict as predict
 from .results import RESULTS as RESULTS
 from .sdcp import solve_sdcp as solve_sdcp
+from .stationary import StationaryPreconditioner as StationaryPreconditioner
+from .stationary import stationary_preconditioner as stationary_preconditioner
 from .train import train as train
 from .trajectory import NumericalFailure as NumericalFailure
 from .trajectory import Trajectory as Trajectory

@@ -96,8 +96,13 @@ def demo(
     size: Annotated[int, typer.Option(min=1, max=1797, help="Examples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
     substeps: Annotated[
-        int, typer.Option(min=1, help="Steps of the flow per optimizer step.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fixed steps of the flow per optimizer step; by default adaptive.",
+            show_default=False,
+        ),
+    ] = None,
     progress: Annotated[
         bool | None,
         typer.Option(

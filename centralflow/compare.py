@@ -22,6 +22,13 @@ class Comparison:
         eigenvalue.
     - `oscillation_error`: mean over the measurements of the error of the summed
         oscillation variances, over their mean.
+    - `gradient_sq_error`: of the squared gradient at the recorded coordinates, the mean
+        over time of the error of its time-average, over its own mean; then the mean
+        over the coordinates.
+    - `step_size_error`: the mean of the relative error of the effective step sizes 1/P
+        at the recorded coordinates.
+    - `trace_error`: of the trace of the oscillation covariance, the mean over time of
+        the error of its time-average, over its mean.
     - `weight_distance`: distance between the final weights over the distance that the
         run travelled.
     - `window`: the width in steps of the averaging kernel.
@@ -36,6 +43,9 @@ class Comparison:
     grad_norm_error: float
     sharpness_error: float
     oscillation_error: float
+    gradient_sq_error: float
+    step_size_error: float
+    trace_error: float
     weight_distance: float
     window: int
     steps: int
@@ -50,9 +60,15 @@ class Comparison:
             ("squared gradient norm error, mean", percent(self.grad_norm_error)),
             ("top eigenvalue error, mean", percent(self.sharpness_error)),
             ("oscillation variance error, mean", percent(self.oscillation_error)),
+            ("trace of covariance error, mean", percent(self.trace_error)),
             ("weight distance / distance travelled", percent(self.weight_distance)),
             ("work, prediction / run", f"{self.work_ratio:.3g}"),
         ]
+        if not np.isnan(self.step_size_error):
+            rows += [
+                ("squared gradients error, mean", percent(self.gradient_sq_error)),
+                ("effective step sizes error, mean", percent(self.step_size_error)),
+            ]
         if not np.isnan(self.seconds_ratio):
             rows.append(("time, prediction / run", f"{self.seconds_ratio:.3g}"))
         width = max(len(name) for name, _ in rows)
@@ -82,8 +98,8 @@ def compare(
 
     **Raises:**
 
-    `ValueError` if the two have less than three steps in common or different numbers
-    of parameters.
+    `ValueError` if the two have less than three steps in common, different numbers of
+    parameters, or recorded coordinates.
     """
     for name, trajectory in (("run", run), ("prediction", prediction)):
         if not isinstance(trajectory, Trajectory):
@@ -105,6 +121,12 @@ def compare(
     window = default_window(steps) if window is None else window
     if not isinstance(window, int | np.integer) or window < 1:
         raise ValueError(f"`window` must be a positive integer, got {window!r}.")
+    asked = [x.coordinates for x in (run, prediction)]
+    if all(np.size(x) and x is not None for x in asked) and not np.array_equal(*asked):
+        raise ValueError(
+            "`run` and `prediction` have recorded different `coordinates`: "
+            f"{np.asarray(asked[0])} and {np.asarray(asked[1])}."
+        )
 
     def relative_errors(series):
         observed = time_average(np.asarray(getattr(run, series), float)[common], window)
@@ -112,6 +134,24 @@ def compare(
         predicted = time_average(predicted, window)
         # The ends are single samples of the oscillation, not averages.
         return _relative(predicted, observed)[1:-1]
+
+    def averages(series):
+        """Time-averages of the run and of the prediction, one row to a coordinate."""
+        # The trace of a run is not known at its first step.
+        rows = common & (times > 0)
+        pair = (getattr(run, series), getattr(prediction, series))
+        if any(x is None or np.size(x) == 0 for x in pair) or rows.sum() < 3:
+            return np.full((2, 0, 1), np.nan)
+        both = (np.asarray(pair[0], float)[rows], at(prediction, series, times[rows]))
+        columns = [np.reshape(x, (rows.sum(), -1)).T for x in both]
+        means = np.stack([[time_average(c, window) for c in x] for x in columns])
+        return means[..., 1:-1]
+
+    def share(series):
+        observed, predicted = averages(series)
+        errors = np.mean(np.abs(predicted - observed), axis=1)
+        means = np.mean(np.abs(observed), axis=1)
+        return _mean(errors[means > 0] / means[means > 0])
 
     loss_errors = relative_errors("mean_loss")
     measured = np.isfinite(np.asarray(run.sharpness)[:, 0]) & common
@@ -126,6 +166,9 @@ def compare(
         oscillation_error=_ratio(
             _mean(np.abs(predicted.sum(1) - observed.sum(1))), _mean(observed.sum(1))
         ),
+        gradient_sq_error=share("gradient_sq"),
+        step_size_error=_mean(_relative(*averages("step_sizes")[::-1])),
+        trace_error=share("trace_covariance"),
         weight_distance=_weight_distance(run, prediction),
         window=int(window),
         steps=steps,

@@ -253,8 +253,10 @@ def top_eigenpairs(
         # converged, hence forgotten after each call. In a vector some of it stays: a
         # sweep along the defect, nearly a power step, removes what belongs to small
         # eigenvalues and magnifies what belongs to larger ones, of size n^-½ at first.
-        last = (row == count - 1)[:, None]
-        chosen = _unit(chosen + jnp.where(last, 0.1 * random(max_sweeps), 0))
+        # The sign of an eigenvector, which is arbitrary, makes no difference.
+        noise = 0.1 * random(max_sweeps)
+        noise = jnp.where(_matmul(chosen, noise)[:, None] < 0, -noise, noise)
+        chosen = _unit(chosen + jnp.where((row == count - 1)[:, None], noise, 0))
     init = _State(
         basis=jnp.zeros((m, n), dtype),
         images=jnp.zeros((m, n), dtype),

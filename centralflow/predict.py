@@ -18,6 +18,7 @@ from .optimizers import AbstractOptimizer
 from .results import RESULTS
 from .running import (
     Clock,
+    check_coordinates,
     check_metrics,
     check_start,
     check_times,
@@ -37,6 +38,7 @@ def predict(
     optimizer_state: PyTree = None,
     times: Iterable[Any] | None = None,
     metrics: dict[str, Callable] | None = None,
+    coordinates: Iterable[Any] | None = None,
     weight_times: Iterable[Any] | None = None,
     rtol: float | None = None,
     progress: bool | None = None,
@@ -54,6 +56,8 @@ def predict(
         [0, `steps`]; by default 0, 1, ..., `steps`.
     - `metrics`: functions h of the model, by name. The central flow reports their
         predicted time-averages E[h] = h + <hess h, Sigma> / 2.
+    - `coordinates`: indices of the flat weights, of `objective.flatten`, at which to
+        report the predicted time-average of the squared gradient and the step size 1/P.
     - `weight_times`: times at which to keep the weights, besides 0 and `steps`.
     - `rtol`: the relative tolerance of flows with an adaptive step size.
     - `progress`: show a progress bar; by default if the session is interactive.
@@ -82,6 +86,7 @@ def predict(
         objective, model, optimizer, steps, optimizer_state
     )
     metrics = check_metrics(metrics, flat, weights)
+    coordinates = jnp.asarray(check_coordinates(coordinates, weights.size))
     times = check_times("times", range(steps + 1) if times is None else times, steps)
     kept = (
         [] if weight_times is None else check_times("weight_times", weight_times, steps)
@@ -92,9 +97,11 @@ def predict(
     meter = diffrax.TqdmProgressMeter() if show else diffrax.NoProgressMeter()
 
     clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
+    rtol = flow.tolerance(rtol)
+    rtol = None if rtol is None else as_times(rtol)
     y, solver_state, parts, reached = None, None, [], -1.0
     while True:
-        problem = _Problem(flow, flat, optimizer, metrics)
+        problem = _Problem(flow, flat, optimizer, metrics, coordinates, rtol)
         if not parts:
             y = clock(_first, problem, weights, optimizer_state)
         y, solver_state = clock(_start, problem, y, solver_state)
@@ -110,7 +117,6 @@ def predict(
             # The end is always among the times, so that there is one.
             as_times(np.union1d(times[times > reached], [steps])),
             as_times(kept[kept > reached]),
-            rtol,
             meter,
         )
         parts.append(part)
@@ -121,7 +127,8 @@ def predict(
         # one, whose shapes need a new program.
         reached, flow = float(part.time), flow.enlarge()
 
-    result, work = parts[-1].result, parts[-1].work  # which adds up from part to part
+    result = parts[-1].result
+    work = sum((part.work for part in parts[1:]), parts[0].work)
     series, snapshots = _join(parts, traced)
     series = jax.tree.map(lambda x: x[: times.size], series)
     series_times = series.pop("t")
@@ -143,11 +150,15 @@ def predict(
         optimizer_state=y.optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
         result=result,
+        coordinates=coordinates,
+        gradient_sq=series.get("gradient_sq"),
+        step_sizes=series.get("step_sizes"),
+        trace_covariance=series.get("trace_covariance"),
         stats=dict(
-            gradients=work.gradients + 1,  # for the optimizer's state at the start
-            hvps=work.hvps,
-            third_derivatives=work.third_derivatives,
-            unconverged=work.unconverged,
+            gradients=_whole(work.gradients) + 1,  # for the optimizer's initial state
+            hvps=_whole(work.hvps),
+            third_derivatives=_whole(work.third_derivatives),
+            unconverged=_whole(work.unconverged),
             eigen_residual=work.eigen_residual,
             accepted_steps=sum(part.accepted for part in parts),
             rejected_steps=sum(part.rejected for part in parts),
@@ -163,9 +174,13 @@ class _Problem(eqx.Module):
     objective: FlatObjective
     optimizer: AbstractOptimizer
     metrics: dict[str, Callable]
+    coordinates: Int[Array, " C"]
+    rtol: Float[Array, ""] | None
 
     def term(self) -> diffrax.AbstractTerm:
-        return self.flow.term(self.objective, self.optimizer, self.metrics)
+        return self.flow.term(
+            self.objective, self.optimizer, self.metrics, self.coordinates, self.rtol
+        )
 
 
 class _Part(eqx.Module):
@@ -204,11 +219,10 @@ def _integrate(
     t1: Array,
     times: Float[Array, " T"],
     kept: Float[Array, " S"],
-    rtol: float | None,
     meter: diffrax.AbstractProgressMeter,
 ) -> _Part:
     flow, term = problem.flow, problem.term()
-    controller, dt0 = flow.stepsize(rtol)
+    controller, dt0 = flow.stepsize(problem.rtol)
     observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
     solution = diffrax.diffeqsolve(
         term,
@@ -227,6 +241,7 @@ def _integrate(
                 end=diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: (t, y)),
             ),
             solver_state=True,
+            controller_state=True,
         ),
         stepsize_controller=controller,
         event=flow.event(),
@@ -249,7 +264,6 @@ def _integrate(
         jnp.isfinite(solution.ys["series"]["loss"])
     )
     result = RESULTS.where(bad, RESULTS.diverged, result)
-    steps = solution.stats["num_steps"]
     return _Part(
         series=solution.ys["series"],
         snapshots=solution.ys["snapshots"],
@@ -257,7 +271,7 @@ def _integrate(
         solver_state=solution.solver_state,
         time=time,
         result=result,
-        work=flow.work(solution.solver_state, steps, times.size),
+        work=flow.work(solver_state, solution, times.size),
         accepted=solution.stats["num_accepted_steps"],
         rejected=solution.stats["num_rejected_steps"],
     )
@@ -282,6 +296,10 @@ def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, A
     return concatenate(series), concatenate(snapshots)
 
 
+def _whole(count: Float[Array, ""]) -> Int[Array, ""]:
+    return jnp.round(count).astype(jnp.int32)
+
+
 def _leading(tree: dict[str, Any], good: np.ndarray) -> dict[str, Any]:
     rows = int(np.sum(good))
     return jax.tree.map(lambda x: x[:rows], tree)
@@ -292,9 +310,9 @@ def _pad(x: Float[Array, "T k"], width: int, value: float) -> Float[Array, "T K"
 
 
 def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
-    if "sharpness" not in y.observables:
+    if not y.observables:
         return
-    sharpness = float(y.observables["sharpness"][0])
+    sharpness = float(y.observables["smooth"]["sharpness"][0])
     critical = float(optimizer.critical_sharpness)
     # An iterate at the edge is a little above it or below.
     if sharpness > 1.02 * critical:

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
@@ -58,14 +58,61 @@ def check_start(
             f"the arrays {_shapes(optimizer_state)}, not {_shapes(like)}."
         )
     if not is_traced((objective, weights, optimizer, optimizer_state)):
-        value = float(_loss(flat, weights))
-        if not np.isfinite(value):
-            raise ValueError(
-                f"`loss_fn` returned {value} at the initial `model`: the loss must be "
-                "finite at the start. Look for NaN or infinity in the data and the "
-                "parameters."
-            )
+        _check_values(*_probe(flat, weights, optimizer, optimizer_state))
     return flat, weights, optimizer_state
+
+
+def _check_values(loss: Array, gradient: Array, P: Array) -> None:
+    """Raise unless loss, gradient and preconditioner are those of a possible step."""
+    for name, value in (("", loss), ("'s gradient", gradient)):
+        bad = np.asarray(value)[~np.isfinite(value)]
+        if bad.size:
+            raise ValueError(
+                f"`loss_fn`{name} is {bad.flat[0]} at the initial `model`: it must be "
+                "finite at the start. Look for NaN or infinity in the data and the "
+                "parameters, and for functions such as the root with no derivative "
+                "there."
+            )
+    P = np.broadcast_to(P, gradient.shape)
+    dead = np.flatnonzero(P == 0)
+    if dead.size:
+        raise ValueError(
+            f"`optimizer` divides by zero at {dead.size} of {P.size} parameters, the "
+            f"first at index {dead[0]} of the flat weights: their squared gradient has "
+            "been exactly zero so far, and so is the preconditioner. Give `optimizer` "
+            "a positive `eps`, such as 1e-8, or make these parameters constants of "
+            "`model`."
+        )
+    bad = np.flatnonzero(~((P > 0) & np.isfinite(P)))
+    if bad.size:
+        raise ValueError(
+            f"`optimizer_state` gives the preconditioner {P[bad[0]]} at index {bad[0]} "
+            "of the flat weights; it must be positive and finite. Look for negative "
+            "second moments and NaN in `optimizer_state`."
+        )
+
+
+def check_coordinates(coordinates: Any, size: int) -> Int[np.ndarray, " C"]:
+    """`coordinates` as an array, once they are indices of the flat weights."""
+    if coordinates is None:
+        return np.zeros(0, np.int32)
+    try:
+        indices = np.asarray(coordinates)
+        whole = indices.size == 0 or np.issubdtype(indices.dtype, np.integer)
+    except (TypeError, ValueError):
+        indices, whole = None, False
+    if not whole or indices.ndim != 1:
+        raise ValueError(
+            "`coordinates` must be a list of indices of the flat weights, integers, "
+            f"got {coordinates!r}."
+        )
+    outside = indices[(indices < 0) | (indices >= size)]
+    if outside.size:
+        raise ValueError(
+            f"`coordinates` must lie in [0, {size}), the number of parameters, got "
+            f"{outside[0]}."
+        )
+    return indices.astype(np.int32)
 
 
 def check_times(name: str, times: Iterable[Any], steps: int) -> Float[np.ndarray, " T"]:
@@ -173,8 +220,16 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 @eqx.filter_jit
-def _loss(flat: FlatObjective, weights: Float[Array, " n"]) -> Float[Array, ""]:
-    return flat.loss(weights)
+def _probe(
+    flat: FlatObjective,
+    weights: Float[Array, " n"],
+    optimizer: AbstractOptimizer,
+    optimizer_state: PyTree,
+) -> tuple[Array, Array, Array]:
+    """Loss, gradient and preconditioner of the first step."""
+    loss, gradient = flat.value_and_grad(weights)
+    state = optimizer.update_state(optimizer_state, gradient)
+    return loss, gradient, optimizer.preconditioner(state)
 
 
 def _shapes(tree: PyTree) -> Any:

@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
-from .eigen import top_eigenpairs
+from .measure import GUARDS, eigenpairs, second_difference
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .results import RESULTS
 from .running import (
     Clock,
+    check_coordinates,
     check_metrics,
     check_start,
     check_times,
@@ -25,7 +26,6 @@ from .running import (
 )
 from .trajectory import Trajectory, finish
 
-_GUARDS = 2
 _RESIDUAL = 1e-2  # over the largest eigenvalue
 
 
@@ -39,6 +39,7 @@ def train(
     sharpness_every: int | None = None,
     sharpness_count: int = 1,
     metrics: dict[str, Callable] | None = None,
+    coordinates: Iterable[Any] | None = None,
     weight_times: Iterable[Any] | None = None,
     progress: bool | None = None,
     throw: bool = True,
@@ -57,6 +58,8 @@ def train(
         number of ten or more averages the variances well. By default never.
     - `sharpness_count`: how many eigenvalues.
     - `metrics`: functions of the model to record at every step, by name.
+    - `coordinates`: indices of the flat weights, of `objective.flatten`, at which to
+        record the squared gradient and the step size 1/P at every step.
     - `weight_times`: integer times at which to keep the weights, besides 0 and `steps`.
     - `progress`: show a progress bar; by default if the session is interactive.
     - `throw`: raise [`centralflow.NumericalFailure`][] if the run diverges. Otherwise
@@ -74,6 +77,7 @@ def train(
         objective, model, optimizer, steps, optimizer_state
     )
     metrics = check_metrics(metrics, flat, weights)
+    coordinates = jnp.asarray(check_coordinates(coordinates, weights.size))
     for name, value in (("every", sharpness_every), ("count", sharpness_count)):
         if value is None and name == "every":
             continue
@@ -89,7 +93,13 @@ def train(
         raise ValueError(f"`weight_times` must be integers for `train`, got {kept}.")
 
     settings = _Settings(
-        flat, optimizer, metrics, int(steps), sharpness_every, int(sharpness_count)
+        flat,
+        optimizer,
+        metrics,
+        coordinates,
+        int(steps),
+        sharpness_every,
+        int(sharpness_count),
     )
     clock, kept = Clock(), jnp.asarray(kept, jnp.int32)
     state = clock(_init, settings, weights, optimizer_state, kept.size)
@@ -131,6 +141,10 @@ def train(
         optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
         result=RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful),
+        coordinates=coordinates,
+        gradient_sq=series["gradient_sq"],
+        step_sizes=series["step_sizes"],
+        trace_covariance=series["trace_covariance"],
         stats=dict(
             gradients=state.step + state.diverged,
             hvps=state.hvps,
@@ -149,6 +163,7 @@ class _Settings(eqx.Module):
     flat: FlatObjective
     optimizer: AbstractOptimizer
     metrics: dict[str, Callable]
+    coordinates: Int[Array, " C"]
     steps: int = eqx.field(static=True)
     every: int | None = eqx.field(static=True)
     count: int = eqx.field(static=True)
@@ -180,13 +195,16 @@ def _init(
     one = lambda w: dict(
         loss=s.flat.loss(w),
         grad_norm_sq=w @ w,  # of the gradient's shape
+        gradient_sq=w[s.coordinates],
+        step_sizes=w[s.coordinates],
+        trace_covariance=w @ w,
         metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(
         lambda x: jnp.zeros((s.steps + 1, *x.shape), x.dtype),
         jax.eval_shape(one, weights),
     )
-    k = min(s.count + _GUARDS, n)
+    k = min(s.count + GUARDS, n)
     measurements = 0 if s.every is None else s.steps // s.every + 1
     none = jnp.full((measurements, s.count), jnp.nan, dtype)
     return _State(
@@ -223,20 +241,21 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
     """Record the iterate at `state.step` and, unless it is the last, leave it."""
     s, t, w = settings, state.step, state.weights
     loss, gradient = s.flat.value_and_grad(w)
+    new_w, new_s = s.optimizer.update(w, state.optimizer_state, gradient)
+    P = s.optimizer.preconditioner(new_s)
+    curve = jnp.where(t == 0, 0, second_difference(state.previous, w, new_w))
     record = dict(
         loss=loss,
         grad_norm_sq=gradient @ gradient,
+        gradient_sq=gradient[s.coordinates] ** 2,
+        step_sizes=jnp.broadcast_to(1 / P, w.shape)[s.coordinates],
+        trace_covariance=jnp.where(t == 0, jnp.nan, curve @ curve),
         metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(lambda x, row: x.at[t].set(row), state.series, record)
     diverged = ~(jnp.isfinite(loss) & jnp.isfinite(record["grad_norm_sq"]))
-    new_w, new_s = s.optimizer.update(w, state.optimizer_state, gradient)
 
     if s.every is not None:
-        # (w_{t+1} - 2 w_t + w_{t-1}) / 4 is zero on the linear part of the path and
-        # -delta_t on an oscillation w_t = w + delta_t of period two.
-        curve = jnp.where(t == 0, 0, new_w - 2 * w + state.previous) / 4
-        P = s.optimizer.preconditioner(new_s)
         a = state.eigenvectors @ (P * -curve)
         state = eqx.tree_at(
             lambda x: x.covariance, state, state.covariance + jnp.outer(a, a)
@@ -278,16 +297,9 @@ def _measure(
 ) -> _State:
     """The top eigenpairs of P^-1 H at the midpoint, and the mean of the oscillation's
     covariance since the last measurement."""
-    scale, k = jnp.sqrt(P), state.eigenvectors.shape[0]
-    pairs = top_eigenpairs(
-        s.flat.preconditioned_hessian(midpoint, P),
-        state.eigenvectors * scale,
-        k,
-        min(s.count, k),
-        tolerance=_RESIDUAL,
-        max_sweeps=200,
-        key=jr.fold_in(jr.key(1), state.step),
-    )
+    k = state.eigenvectors.shape[0]
+    key = jr.fold_in(jr.key(1), state.step)
+    pairs = eigenpairs(s.flat, midpoint, P, state.eigenvectors, s.count, _RESIDUAL, key)
     row = state.step // s.every
     variances = jnp.linalg.eigvalsh(state.covariance)[::-1] / s.every
     first = lambda x: jnp.full(s.count, jnp.nan, x.dtype).at[:k].set(x[: s.count])
@@ -306,7 +318,7 @@ def _measure(
             state.oscillation.at[row].set(
                 jnp.where(row == 0, jnp.nan, first(variances))
             ),
-            pairs.vectors / scale,
+            pairs.vectors,
             jnp.zeros_like(state.covariance),
             state.hvps + pairs.products,
             state.unconverged + ~pairs.converged,

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .results import RESULTS, name_of
 
@@ -25,12 +25,14 @@ _SERIES = (
     "weight_times",
     "weights",
 )
+_ADDITIONAL = ("coordinates", "gradient_sq", "step_sizes", "trace_covariance")
 
 
 class Trajectory(eqx.Module):
     """A run of an optimizer, or of a flow that predicts one.
 
-    **Attributes:** (T reported times, K tracked eigenvalues, n parameters)
+    **Attributes:** (T reported times, K tracked eigenvalues, n parameters, C of which
+    were asked for)
 
     - `times`: `[T]`, in optimizer steps from the start of this run.
     - `loss`: `[T]`, the loss at the iterate.
@@ -55,6 +57,14 @@ class Trajectory(eqx.Module):
         the full data set; `unconverged`, how often an inner solver stopped short of its
         tolerance; `accepted_steps`, `rejected_steps`; `seconds` of execution and
         `compile_seconds` apart.
+    - `coordinates`: `[C]`, the indices of the parameters that were asked for.
+    - `gradient_sq`: `[T, C]`, their squared gradient; of a flow, its predicted
+        time-average E[g * g].
+    - `step_sizes`: `[T, C]`, their effective step size, the diagonal of P^-1.
+    - `trace_covariance`: `[T]`, of a flow, the trace of the oscillation covariance
+        Sigma, in the Euclidean inner product. Of a discrete run, the squared distance
+        of the iterate from the second-order midpoint, whose time-average it is; NaN at
+        the first step. Each of these four is `None` in trajectories that lack it.
     """
 
     times: Float[Array, " T"]
@@ -72,6 +82,10 @@ class Trajectory(eqx.Module):
     critical_sharpness: Any
     result: Any
     stats: dict[str, Any]
+    coordinates: Int[Array, " C"] | None = None
+    gradient_sq: Float[Array, "T C"] | None = None
+    step_sizes: Float[Array, "T C"] | None = None
+    trace_covariance: Float[Array, " T"] | None = None
 
     @property
     def gradient_equivalents(self) -> Any:
@@ -99,7 +113,11 @@ class Trajectory(eqx.Module):
                 "A batch of trajectories, as made by `jax.vmap`, cannot be saved: take "
                 "one of them with `jax.tree.map(lambda x: x[i], trajectories)`."
             )
-        arrays = {name: np.asarray(getattr(self, name)) for name in _SERIES}
+        arrays = {
+            name: np.asarray(getattr(self, name))
+            for name in (*_SERIES, *_ADDITIONAL)
+            if getattr(self, name) is not None
+        }
         for i, series in enumerate(self.metrics.values()):
             arrays[f"metrics{i}"] = np.asarray(series)
         for name in ("model", "optimizer_state"):
@@ -161,7 +179,11 @@ class Trajectory(eqx.Module):
                 f"`path`: {os.fspath(path)!r} has the format {header['format']!r}; "
                 f"this version of centralflow reads {_FORMAT!r}."
             )
-        series = {name: jnp.asarray(arrays.pop(name)) for name in _SERIES}
+        series = {
+            name: jnp.asarray(arrays.pop(name))
+            for name in (*_SERIES, *_ADDITIONAL)
+            if name in _SERIES or name in arrays
+        }
         metrics = {
             name: jnp.asarray(arrays.pop(f"metrics{i}"))
             for i, name in enumerate(header["metrics"])

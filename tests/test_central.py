@@ -134,7 +134,7 @@ def test_one_eigenvalue_closed_form():
     grad_S = jax.grad(lambda w: jnp.linalg.eigvalsh(H(w))[-1])(w)
     flow = cf.predict(
         objective, flat.model(w), cf.GradientDescent(2 / S), 1, times=[0.0, 1.0],
-        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9),
+        flow=cf.CentralFlow(100, renew_every=1, eigen_tolerance=1e-9),
     )  # fmt: skip
     sigma_sq = 2 * (-gradient @ grad_S) / (grad_S @ grad_S)
     # The SDCP is posed on the end of the step, linearized at its start: exact at S =
@@ -152,7 +152,9 @@ def _near_the_edge(dtype):
 @pytest.mark.usefixtures("x64")
 def test_complementarity_along_a_run():
     objective, model = _near_the_edge(jnp.float64)
-    flow = cf.predict(objective, model, cf.GradientDescent(0.5), 300)
+    flow = cf.predict(
+        objective, model, cf.GradientDescent(0.5), 300, flow=cf.CentralFlow(4)
+    )
     kappa = 2.0
     top = flow.sharpness[:, 0]
     assert np.sum(flow.oscillation[:, 0] > 0) > 100, "the run must be at the edge"
@@ -169,10 +171,11 @@ def test_first_order_in_the_step():
     optimizer = cf.GradientDescent(0.5)
 
     def end(substeps):
-        flow = cf.CentralFlow(substeps=substeps, eigen_tolerance=1e-7)
+        flow = cf.CentralFlow(substeps, renew_every=1, eigen_tolerance=1e-7)
         return cf.predict(objective, edge, optimizer, 8, flow=flow).weights[-1]
 
-    edge = cf.predict(objective, model, optimizer, 100).model
+    start = cf.CentralFlow(4, renew_every=1)
+    edge = cf.predict(objective, model, optimizer, 100, flow=start).model
     exact = end(128)
     errors = [np.linalg.norm(end(n) - exact) for n in (4, 8, 16)]
     rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
@@ -231,9 +234,9 @@ def test_block_grows():
     """With room for three eigenvectors only, the same run as with room for eight."""
     objective, model = _near_the_edge(jnp.float32)
     optimizer = cf.GradientDescent(0.5)
-    large = cf.predict(objective, model, optimizer, 150)
+    large = cf.predict(objective, model, optimizer, 150, flow=cf.CentralFlow(4))
     small = cf.predict(
-        objective, model, optimizer, 150, flow=cf.CentralFlow(block_size=3)
+        objective, model, optimizer, 150, flow=cf.CentralFlow(4, block_size=3)
     )
     assert np.max(np.sum(large.oscillation > 0, axis=1)) >= 2
     assert small.sharpness.shape[1] == 6
@@ -259,7 +262,7 @@ def test_a_hidden_eigenvalue_is_found():
     optimizer = cf.GradientDescent(0.3)
     flow = cf.predict(
         cf.Objective(loss), jnp.stack([0 * y, y]), optimizer, 800,
-        weight_times=np.arange(0, 801, 50.0),
+        weight_times=np.arange(0, 801, 50.0), flow=cf.CentralFlow(4),
     )  # fmt: skip
     H = jax.hessian(lambda w: loss(w.reshape(2, 5)))
     true = [0.3 * np.linalg.eigvalsh(H(w))[-1] for w in flow.weights]
@@ -292,10 +295,10 @@ def test_one_eigenvalue_of_scalar_rmsprop():
     optimizer = cf.ScalarRMSProp(eta, beta2)
     # the state that is at the edge once the gradient at w has entered it
     state = optimizer.init(w)
-    state = type(state)(state.updates, (nu - (1 - beta2) * (g @ g)) / beta2, state.bias)
+    state = type(state)(state.updates, (nu - (1 - beta2) * (g @ g)) / beta2, state.age)
     flow = cf.predict(
         objective, model, optimizer, 1, optimizer_state=state, times=[0.0, 1.0],
-        flow=cf.CentralFlow(substeps=100, eigen_tolerance=1e-9),
+        flow=cf.CentralFlow(100, renew_every=1, eigen_tolerance=1e-9),
     )  # fmt: skip
     # Sigma = X u u' with u' P u = 1 and P = sqrt(nu) / eta. The SDCP is posed on the
     # end of the step, linearized at its start: exact there.

@@ -37,49 +37,51 @@ def test_loss(gradient_descent):
     arrays, prediction, _ = gradient_descent
     errors = _errors(prediction.loss, arrays["central_loss"])
     # The same scheme with another eigensolver: what is asked for is 1e-2 and 2e-3, and
-    # measured are 5e-5 and 3e-5.
-    assert np.max(errors) < 2e-4
-    assert np.mean(errors) < 1e-4
+    # measured are 1e-5 and 3e-6.
+    assert np.max(errors) < 4e-5
+    assert np.mean(errors) < 1e-5
 
 
 def test_mean_loss(gradient_descent):
     arrays, prediction, _ = gradient_descent
     errors = _errors(prediction.mean_loss, arrays["central_mean_loss"])
-    # Asked for are 1.5e-2 and 3e-3. Measured are 3.6e-3, at the one step at which the
-    # first eigenvalues become critical and X jumps, and 2e-4.
-    assert np.max(errors) < 6e-3
-    assert np.mean(errors) < 5e-4
+    # Asked for are 1.5e-2 and 3e-3; measured are 2.6e-4, at a step at which an
+    # eigenvalue becomes critical and X jumps, and 2e-5.
+    assert np.max(errors) < 1e-3
+    assert np.mean(errors) < 1e-4
 
 
 def test_sharpness(gradient_descent):
     arrays, prediction, _ = gradient_descent
     published = arrays["central_sharpness"][:, 0]
     errors = np.abs(prediction.sharpness[: len(published), 0] - published)
-    assert np.max(errors) < 5e-3  # asked for is 1e-2, measured 1.5e-3
+    assert np.max(errors) < 3e-4  # asked for is 1e-2, measured 7.5e-5
 
 
 def test_oscillation(gradient_descent):
     arrays, prediction, _ = gradient_descent
     published = np.nansum(arrays["central_variances"], axis=1)
     ours = np.sum(prediction.oscillation, axis=1)[: len(published)]
-    # X is the most sensitive of all: the tight constraint fixes it through differences
-    # of eigenvalues over dt. Measured where it is large: 1.6 % in the mean.
+    # Measured: 2.2e-3 of the largest at worst, 1e-3 on average where it is large.
+    assert np.max(np.abs(ours - published)) < 0.01 * np.max(published)
     large = published > 0.05 * np.max(published)
     assert np.sum(large) > 100
-    assert np.mean(np.abs(ours[large] / published[large] - 1)) < 0.03
+    assert np.mean(np.abs(ours[large] / published[large] - 1)) < 5e-3
 
 
 def test_mean_grad_norm(gradient_descent):
     arrays, prediction, _ = gradient_descent
     errors = _errors(prediction.mean_grad_norm_sq, arrays["central_mean_grad_norm_sq"])
-    assert np.mean(errors) < 0.01  # measured 6e-3
+    assert np.mean(errors) < 6e-3  # measured 2.7e-3
 
 
 def test_complementarity(gradient_descent):
     _, prediction, _ = gradient_descent
     top = np.asarray(prediction.sharpness[:, 0])
     X = np.asarray(prediction.oscillation)
-    assert np.max(top) < 2 + 1e-3  # linearized over a step: second order in its length
+    # Linearized over an optimizer step: second order in its length. The published run
+    # reaches 2.00152, ours 2.00145, where two eigenvalues meet.
+    assert np.max(top) < 2 + 2e-3
     assert np.min(X) >= 0
     assert np.max(X[:, 0] * np.abs(2 - top)) < 2e-3 * np.max(X)
 
@@ -134,43 +136,33 @@ def rmsprop():
     start = dict(optimizer_state=warm.optimizer_state)
     flow = cf.CentralFlow(substeps=config["flow_substeps"])
     prediction = cf.predict(*problem, **start, flow=flow)
-    stable = cf.predict(*problem, **start, flow=cf.StableFlow())
-    run = cf.train(*problem, **start, sharpness_every=10, sharpness_count=4)
-    return arrays, prediction, stable, run
+    return arrays, prediction, cf.train(*problem, **start)
 
 
 def test_rmsprop_optimizer(rmsprop):
-    arrays, _, _, run = rmsprop
+    arrays, _, run = rmsprop
     assert np.max(_errors(run.loss, arrays["discrete_loss"])[:50]) < 1e-5
 
 
 def test_rmsprop_flow(rmsprop):
-    arrays, prediction, _, _ = rmsprop
-    # Asked for are 1e-2 everywhere and 3e-3 on average; measured are 3.2e-4 and 2.2e-4
-    # for the loss, 3.5e-4 and 2.3e-4 for the mean loss.
-    for ours, published in (
-        (prediction.loss, arrays["central_loss"]),
-        (prediction.mean_loss, arrays["central_mean_loss"]),
+    arrays, prediction, _ = rmsprop
+    # Asked for are 1e-2 everywhere and 3e-3 on average; measured are 1.4e-6 and 2.6e-7
+    # for the loss, 3.5e-5 and 3e-6 for the mean loss.
+    for ours, published, largest, mean in (
+        (prediction.loss, arrays["central_loss"], 1e-5, 2e-6),
+        (prediction.mean_loss, arrays["central_mean_loss"], 2e-4, 2e-5),
     ):
         errors = _errors(ours, published)
-        assert np.max(errors) < 1e-3
-        assert np.mean(errors) < 5e-4
+        assert np.max(errors) < largest
+        assert np.mean(errors) < mean
     published = arrays["central_sharpness"][:, 0]
     errors = np.abs(prediction.sharpness[: len(published), 0] - published)
-    assert np.max(errors) < 5e-3  # asked for is 2e-2, measured 1.6e-3
+    assert np.max(errors) < 3e-4  # asked for is 2e-2, measured 4.7e-5
     published = np.nansum(arrays["central_variances"], axis=1)
     ours = np.sum(prediction.oscillation, axis=1)[: len(published)]
-    # Measured is 1.5 % on average where X > 1e-5; up to 17 % in the first steps after
-    # the onset, where X grows tenfold.
-    large = published > 1e-5
-    assert np.mean(np.abs(ours[large] / published[large] - 1)) < 0.03
-    settled = published > 2e-4
-    assert np.max(np.abs(ours[settled] / published[settled] - 1)) < 0.05
-
-
-def test_rmsprop_against_the_optimizer(rmsprop):
-    _, prediction, stable, run = rmsprop
-    report, naive = cf.compare(run, prediction), cf.compare(run, stable)
-    # measured: 0.39 % (stable flow: 1.47 %), and 1.7 % against 7.2 %
-    assert report.loss_error < 0.006
-    assert report.weight_distance < 0.4 * naive.weight_distance
+    shown = published > 1e-5
+    assert np.sum(shown) > 150
+    errors = np.abs(ours[shown] / published[shown] - 1)
+    # asked for is 5e-2 everywhere; measured are 1.5e-2, and 1.9e-3 on average
+    assert np.max(errors) < 0.03
+    assert np.mean(errors) < 5e-3

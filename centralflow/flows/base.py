@@ -6,6 +6,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..objective import FlatObjective
@@ -18,7 +19,7 @@ class FlowState(eqx.Module):
 
     weights: Float[Array, " n"]
     optimizer_state: PyTree[Array]
-    observables: dict[str, PyTree[Array]]
+    observables: dict[str, Any]
 
 
 class Work(eqx.Module):
@@ -26,11 +27,36 @@ class Work(eqx.Module):
     solver did not converge, and the largest residual norm of an eigenpair over the
     largest eigenvalue."""
 
-    gradients: Int[Array, ""] | int = 0
-    hvps: Int[Array, ""] | int = 0
-    third_derivatives: Int[Array, ""] | int = 0
-    unconverged: Int[Array, ""] | int = 0
-    eigen_residual: Float[Array, ""] | float = 0.0
+    # Floating-point, as all of y; exact up to 2^24.
+    gradients: Float[Array, ""]
+    hvps: Float[Array, ""]
+    third_derivatives: Float[Array, ""]
+    unconverged: Float[Array, ""]
+    eigen_residual: Float[Array, ""]
+
+    def __init__(
+        self,
+        gradients=0,
+        hvps=0,
+        third_derivatives=0,
+        unconverged=0,
+        eigen_residual=0,
+    ):
+        as_float = lambda x: jnp.asarray(x, jnp.result_type(float))
+        self.gradients = as_float(gradients)
+        self.hvps = as_float(hvps)
+        self.third_derivatives = as_float(third_derivatives)
+        self.unconverged = as_float(unconverged)
+        self.eigen_residual = as_float(eigen_residual)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.gradients + other.gradients,
+            self.hvps + other.hvps,
+            self.third_derivatives + other.third_derivatives,
+            self.unconverged + other.unconverged,
+            jnp.maximum(self.eigen_residual, other.eigen_residual),
+        )
 
 
 class AbstractFlow(eqx.Module):
@@ -42,8 +68,17 @@ class AbstractFlow(eqx.Module):
         objective: FlatObjective,
         optimizer: AbstractOptimizer,
         metrics: dict[str, Callable],
+        coordinates: Int[Array, " C"],
+        rtol: Float[Array, ""] | None,
     ) -> diffrax.AbstractTerm:
-        """The differential equation, for [`centralflow.flows.FlowState`][]s."""
+        """The differential equation, for [`centralflow.flows.FlowState`][]s, which
+        knows the user's metrics and coordinates to observe, and the tolerance, to which
+        an expansion may be computed."""
+
+    @abc.abstractmethod
+    def tolerance(self, rtol: float | None) -> float | None:
+        """The relative tolerance that the argument `rtol` of [`centralflow.predict`][]
+        means. Raises `ValueError` if it means none."""
 
     @abc.abstractmethod
     def solver(self) -> diffrax.AbstractSolver:
@@ -51,7 +86,7 @@ class AbstractFlow(eqx.Module):
 
     @abc.abstractmethod
     def stepsize(
-        self, rtol: float | None
+        self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         """The step-size controller, and the first step in optimizer steps."""
 
@@ -66,9 +101,9 @@ class AbstractFlow(eqx.Module):
         """The series of a [`centralflow.Trajectory`][] at one time."""
 
     @abc.abstractmethod
-    def work(self, solver_state: Any, steps: Any, reports: int) -> Work:
-        """The work of a whole integration, from the solver's last state and the
-        number of steps (rejected ones too) and reported times."""
+    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+        """The work of an integration from the solver state `start` and of finding that
+        state, rejected steps and `reports` reported times included."""
 
     def event(self) -> diffrax.Event | None:
         """Stops the integration where the flow must be enlarged."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-from jaxtyping import Array, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
@@ -26,16 +27,21 @@ class StableFlow(AbstractFlow):
         objective: FlatObjective,
         optimizer: AbstractOptimizer,
         metrics: dict[str, Callable],
+        coordinates: Int[Array, " C"],
+        rtol: Float[Array, ""] | None,
     ) -> diffrax.ODETerm:
-        return diffrax.ODETerm(_StableField(objective, optimizer, metrics))
+        field = _StableField(objective, optimizer, metrics, coordinates)
+        return diffrax.ODETerm(field)
+
+    def tolerance(self, rtol: float | None) -> float:
+        return 1e-3 if rtol is None else rtol
 
     def solver(self) -> diffrax.AbstractSolver:
         return diffrax.Tsit5()
 
     def stepsize(
-        self, rtol: float | None
+        self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        rtol = 1e-3 if rtol is None else rtol
         return diffrax.PIDController(rtol, 1e-3 * rtol, dtmin=1e-5), None
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
@@ -44,24 +50,29 @@ class StableFlow(AbstractFlow):
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         field = term.vector_field
         loss, gradient = field.objective.value_and_grad(y.weights)
+        P = field.optimizer.preconditioner(y.optimizer_state)
         return dict(
             loss=loss,
             mean_loss=loss,
             grad_norm_sq=gradient @ gradient,
             mean_grad_norm_sq=gradient @ gradient,
+            gradient_sq=gradient[field.coordinates] ** 2,
+            step_sizes=jnp.broadcast_to(1 / P, gradient.shape)[field.coordinates],
+            trace_covariance=jnp.zeros_like(loss),
             metrics=field.objective.evaluate(field.metrics, y.weights),
         )
 
-    def work(self, solver_state: Any, steps: Any, reports: int) -> Work:
+    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
         # Tsit5 has seven stages, the first of which is the last of the step before.
         # Diffrax evaluates once more to choose the first step size.
-        return Work(gradients=6 * steps + 2 + reports)
+        return Work(gradients=6 * solution.stats["num_steps"] + 2 + reports)
 
 
 class _StableField(eqx.Module):
     objective: FlatObjective
     optimizer: AbstractOptimizer
     metrics: dict[str, Callable]
+    coordinates: Int[Array, " C"]
 
     def __call__(self, t, y: FlowState, args) -> FlowState:
         g = self.objective.grad(y.weights)

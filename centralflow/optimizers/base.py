@@ -67,6 +67,21 @@ class AbstractOptimizer(eqx.Module):
         """The diagonal of P(state), learning rate included, positive: the step is
         -P^-1 g."""
 
+    def stationary_state(
+        self, state: PyTree[Array], gradient: Vector, gradient_sq: Vector
+    ) -> PyTree[Array]:
+        """The state to which `state` relaxes where the gradient keeps the mean
+        `gradient` and the second moments `gradient_sq`: the zero of `state_rate`.
+
+        This is Newton's step, exact for states that relax linearly, entry by entry, as
+        moving averages do. What does not relax, such as a count, stays as it is.
+        """
+        rate = lambda state: self.state_rate(state, gradient, gradient_sq)
+        ones = jax.tree.map(jnp.ones_like, state)
+        value, slope = jax.jvp(rate, (state,), (ones,))
+        relax = lambda s, r, d: jnp.where(d < 0, s - r / jnp.where(d < 0, d, 1), s)
+        return jax.tree.map(relax, state, value, slope)
+
     def velocity(
         self, weights: Vector, state: PyTree[Array], gradient: Vector
     ) -> Vector:
@@ -84,7 +99,7 @@ class AbstractOptimizer(eqx.Module):
 
 
 def rate_of_last_update(
-    learning_rate: Float[Array, ""] | Schedule, updates: Float[Array, ""]
+    learning_rate: float | Float[Array, ""] | Schedule, updates: Float[Array, ""]
 ) -> Float[Array, ""]:
     """The learning rate with which update number `updates` was made."""
     # Update number 1 is step 0. Before any update the rate is that of step 0 too.
@@ -118,7 +133,9 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     return value
 
 
-def check_schedule(learning_rate: Float[Array, ""] | Schedule, steps: int) -> None:
+def check_schedule(
+    learning_rate: float | Float[Array, ""] | Schedule, steps: int
+) -> None:
     """Raise if a schedule is negative or not finite somewhere in `steps` steps."""
     if not callable(learning_rate):
         return

@@ -19,11 +19,12 @@ from .base import (
 
 class SecondMoment(eqx.Module):
     """The state of RMSProp: how many gradients have entered nu; nu, `[n]` or a scalar;
-    and beta2^updates, the weight that nu still gives to its initial zero."""
+    and the age of nu: beta2^age is the weight that it still gives to its initial zero.
+    The age is the number of updates, but runs faster than time along a flow."""
 
     updates: Float[Array, ""]
     nu: Diagonal
-    bias: Float[Array, ""]
+    age: Float[Array, ""]
 
 
 class _AbstractRMSProp(AbstractOptimizer):
@@ -38,30 +39,38 @@ class _AbstractRMSProp(AbstractOptimizer):
 
     def init(self, weights: Vector) -> SecondMoment:
         zero = jnp.zeros((), weights.dtype)
-        return SecondMoment(zero, jnp.zeros_like(self.moment(weights)), zero + 1)
+        return SecondMoment(zero, jnp.zeros_like(self.moment(weights)), zero)
 
     def update_state(self, state: SecondMoment, gradient: Vector) -> SecondMoment:
         beta2 = self.beta2.astype(gradient.dtype)
         moment = self.moment(gradient * gradient)
         nu = beta2 * state.nu + (1 - beta2) * moment
-        return SecondMoment(state.updates + 1, nu, beta2 * state.bias)
+        return SecondMoment(state.updates + 1, nu, state.age + 1)
 
     def state_rate(
         self, state: SecondMoment, gradient: Vector, gradient_sq: Vector
     ) -> SecondMoment:
         # With nu after the update at integer times, backward Euler of this equation is
         # the update itself: nu' - nu = (1 - beta2)/beta2 (g * g - nu'). The factor
-        # 1/beta2 is that of time, and the bias takes it too.
+        # 1/beta2 is that of time, and the age takes it too. (The weight itself, an
+        # exponential, would not be integrated exactly by every solver.)
         beta2 = self.beta2.astype(gradient_sq.dtype)
         nu = (1 - beta2) / beta2 * (self.moment(gradient_sq) - state.nu)
-        bias = jnp.log(beta2) / beta2 * state.bias
-        return SecondMoment(jnp.ones_like(state.updates), nu, bias)
+        return SecondMoment(jnp.ones_like(state.updates), nu, 1 / beta2)
+
+    def stationary_state(
+        self, state: SecondMoment, gradient: Vector, gradient_sq: Vector
+    ) -> SecondMoment:
+        forgotten = jnp.full_like(state.age, jnp.inf)  # the initial zero
+        return SecondMoment(state.updates, self.moment(gradient_sq), forgotten)
 
     def preconditioner(self, state: SecondMoment) -> Diagonal:
         nu = state.nu
         if self.bias_correction:
+            beta2 = self.beta2.astype(nu.dtype)
             # Before any update nu is zero, whatever it is divided by.
-            nu = nu / jnp.where(state.bias < 1, 1 - state.bias, 1)
+            age = jnp.where(state.age > 0, state.age, 1)
+            nu = nu / -jnp.expm1(age * jnp.log(beta2))
         rate = rate_of_last_update(self.learning_rate, state.updates)
         return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
 

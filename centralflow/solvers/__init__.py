@@ -1,4 +1,8 @@
 """How a flow is stepped: Diffrax solvers, knowing nothing of losses or optimizers."""
 
-from .moreau import AbstractComplementarityTerm as AbstractComplementarityTerm
+from .foresight import ForesightController as ForesightController
 from .moreau import Moreau as Moreau
+from .projected import ProjectedRKC as ProjectedRKC
+from .term import AbstractComplementarityTerm as AbstractComplementarityTerm
+from .term import AbstractStiffComplementarityTerm as AbstractStiffComplementarityTerm
+from .term import Step as Step

@@ -1,6 +1,5 @@
 """Moreau time stepping of a differential equation with a complementarity constraint."""
 
-import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,56 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..sdcp import SDCPSolution, solve_sdcp
-
-
-class AbstractComplementarityTerm(diffrax.AbstractTerm):
-    """The differential equation with a semidefinite complementarity constraint
-
-        dy/dt = f(y, X),      0 <= X  perpendicular to  C(y) >= 0,
-
-    with f affine in the symmetric matrix X [k, k] and C(y) [k, k] symmetric. What is
-    known at a point y, other than X, is its `expansion`.
-    """
-
-    @abc.abstractmethod
-    def expand(self, y: PyTree, previous: Any) -> Any:
-        """The expansion at y, warm-started from the one at a point near by."""
-
-    @abc.abstractmethod
-    def rate(self, y: PyTree, expansion: Any, X: Float[Array, "k k"]) -> PyTree:
-        """f(y, X)."""
-
-    @abc.abstractmethod
-    def constraint(self, expansion: Any) -> Float[Array, "k k"]:
-        """C(y)."""
-
-    @abc.abstractmethod
-    def constraint_rate(
-        self, y: PyTree, expansion: Any, rate: PyTree
-    ) -> Float[Array, "k k"]:
-        """dC/dy applied to `rate`."""
-
-    @abc.abstractmethod
-    def active(self, expansion: Any) -> Int[Array, ""]:
-        """How many leading rows of C may be tight during the next step. X is zero in
-        the others."""
-
-    @abc.abstractmethod
-    def record(self, y: PyTree, expansion: Any, X: Float[Array, "k k"]) -> PyTree:
-        """y with its observables, if it carries any, brought up to date."""
-
-    @abc.abstractmethod
-    def is_finite(self, y: PyTree, expansion: Any) -> Bool[Array, ""]:
-        """Whether the solution still makes sense."""
-
-    def contr(self, t0, t1, **kwargs):
-        return t1 - t0
-
-    def prod(self, vf, control):
-        return jax.tree.map(lambda x: control * x, vf)
+from .term import AbstractComplementarityTerm
 
 
 class _State(eqx.Module):
@@ -105,7 +58,7 @@ class Moreau(diffrax.AbstractSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del args, made_jump
         term, dt = terms.term, t1 - t0
-        rate = term.rate(y0, solver_state.expansion, solver_state.X)
+        rate = _rate(term, y0, solver_state.expansion, solver_state.X)
         y1 = jax.tree.map(lambda y, r: y + dt * r, y0, rate)
         y1, new_state = _complete(term, y1, solver_state, dt)
         good = term.is_finite(y1, new_state.expansion)
@@ -125,36 +78,42 @@ class Moreau(diffrax.AbstractSolver):
 
 def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
     expansion = term.expand(y, None if previous is None else previous.expansion)
-    solution = multiplier(term, y, expansion, dt)
+    C = term.constraint(expansion)
+
+    def end(X):
+        rate = _rate(term, y, expansion, X)
+        return C + dt * term.constraint_rate(y, expansion, rate)
+
+    solution = multiplier(end, term.active(expansion), C)
     failures = jnp.int32(0) if previous is None else previous.unconverged
     failures = failures + (~solution.converged).astype(jnp.int32)
     y = term.record(y, expansion, solution.X)
     return y, _State(expansion, solution.X, failures)
 
 
+def _rate(term: AbstractComplementarityTerm, y, expansion, X) -> PyTree:
+    return term.rate(y, expansion.slope, term.forcing(y, expansion, X))
+
+
 def multiplier(
-    term: AbstractComplementarityTerm, y: PyTree, expansion: Any, dt
+    end: Callable[[Float[Array, "k k"]], Float[Array, "k k"]],
+    active: Int[Array, ""],
+    like: Float[Array, "k k"],
 ) -> SDCPSolution:
-    """The multiplier X of the constraint, linearized, at the end of a step dt."""
-    C = term.constraint(expansion)
-    k = C.shape[0]
-    active = term.active(expansion)
-
-    def end(X):
-        rate = term.rate(y, expansion, X)
-        return C + dt * term.constraint_rate(y, expansion, rate)
-
-    A, response = jax.linearize(end, jnp.zeros_like(C))
+    """X such that 0 <= X perpendicular to `end(X)` >= 0, for `end` affine with a
+    self-adjoint linear part, on the first `active` rows. `like` has X's shape."""
+    A, response = jax.linearize(end, jnp.zeros_like(like))
+    k = like.shape[0]
     # B on the basis of symmetric matrices, the pairs of the leading rows first.
     rows, columns = (jnp.asarray(x) for x in np.tril_indices(k))
 
     def column(p, B):
         i, j = rows[p], columns[p]
-        E = jnp.zeros_like(C).at[i, j].add(0.5).at[j, i].add(0.5)
+        E = jnp.zeros_like(like).at[i, j].add(0.5).at[j, i].add(0.5)
         image = response(E)
         return B.at[:, :, i, j].set(image).at[:, :, j, i].set(image)
 
-    B = jnp.zeros((k, k, k, k), C.dtype)
+    B = jnp.zeros((k, k, k, k), like.dtype)
     B = jax.lax.fori_loop(0, active * (active + 1) // 2, column, B)
     # Self-adjoint in exact arithmetic; rounding must not make it otherwise.
     B = (B + B.transpose(2, 3, 0, 1)) / 2

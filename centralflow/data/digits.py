@@ -1,4 +1,4 @@
-"""Data sets of the examples and the command line."""
+"""Handwritten digits."""
 
 import jax
 import jax.numpy as jnp

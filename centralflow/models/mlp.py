@@ -1,4 +1,4 @@
-"""Equinox models of the examples and the command line."""
+"""The multilayer perceptron."""
 
 import equinox as eqx
 import jax

@@ -1,0 +1,64 @@
+"""The problems whose predictions the benchmarks time."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+import centralflow as cf
+from tests.problems import reference
+
+
+class Problem(NamedTuple):
+    name: str
+    objective: cf.Objective
+    model: Any
+    optimizer: cf.AbstractOptimizer
+    optimizer_state: Any = None
+
+    def train(self, steps: int, **options: Any) -> cf.Trajectory:
+        return cf.train(*self[1:4], steps, optimizer_state=self[4], **options)
+
+    def predict(self, steps: int, **options: Any) -> cf.Trajectory:
+        return cf.predict(*self[1:4], steps, optimizer_state=self[4], **options)
+
+    def after(self, steps: int) -> "Problem":
+        """The same from where the optimizer is after some steps."""
+        run = self.train(steps)
+        return self._replace(model=run.model, optimizer_state=run.optimizer_state)
+
+
+def gradient_descent() -> Problem:
+    """8,970 parameters, 1,000 digits; up to three critical eigenvalues."""
+    _, config, objective, model = reference("gd_mlp_digits")
+    rate = config["learning_rate"]
+    return Problem("GD", objective, model, cf.GradientDescent(rate))
+
+
+def many_critical() -> Problem:
+    """Of the same size, with three to five critical eigenvalues."""
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(1000))
+    model = cf.models.MLP(64, 10, key=jax.random.key(0))
+    problem = Problem("GD, lr 0.7", objective, model, cf.GradientDescent(0.7))
+    return problem.after(86)  # the first steps overshoot the edge
+
+
+def rmsprop() -> Problem:
+    _, c, objective, model = reference("rmsprop_mlp_digits")
+    optimizer = cf.RMSProp(
+        c["learning_rate"], c["beta2"], c["eps"], c["bias_correction"]
+    )
+    return Problem("RMSProp", objective, model, optimizer).after(c["warm_start"])
+
+
+def scalar_rmsprop() -> Problem:
+    """The network of `gradient_descent`, at the edge from about step 400 on."""
+    _, _, objective, model = reference("gd_mlp_digits")
+    optimizer = cf.ScalarRMSProp(0.01, 0.99, 1e-7, bias_correction=True)
+    return Problem("Scalar RMSProp", objective, model, optimizer)
+
+
+def cross_entropy() -> Problem:
+    """At the edge early on only: the sharpness falls with the loss."""
+    objective = cf.Objective(cf.losses.cross_entropy, cf.data.digits(500))
+    model = cf.models.MLP(64, 10, key=jax.random.key(0))
+    return Problem("GD, cross-entropy", objective, model, cf.GradientDescent(0.2))

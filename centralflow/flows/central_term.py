@@ -1,0 +1,396 @@
+"""The equation of the central flow.
+
+Notation, as in the literature: w weights, s optimizer state, P(s) preconditioner,
+g = grad L, H = Hessian, kappa = critical sharpness; the rows u_i of U are the top
+eigenvectors of P^-1 H with eigenvalues lambda_i, normalized to U P U' = I; the iterate
+is w + delta with E[delta] = 0 and E[delta delta'] = Sigma = U' X U.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..eigen import top_eigenpairs
+from ..objective import FlatObjective
+from ..optimizers import AbstractOptimizer
+from ..precision import full_precision
+from ..solvers import AbstractStiffComplementarityTerm, Step
+from ..solvers.rkc import Polynomial
+from .base import FlowState, Work
+from .expansion import Expansion, Forcing, Slope
+from .response import Response, damped, relaxed_state, responder, state_decay
+from .step_error import approach, errors
+
+# Eigenvectors tracked beyond the critical ones, so that the next to become critical is
+# known before it does.
+GUARDS = 2
+
+_matmul = full_precision(jnp.matmul)
+
+
+class CentralTerm(AbstractStiffComplementarityTerm):
+    """The central flow as a differential equation with a complementarity constraint."""
+
+    objective: FlatObjective
+    optimizer: AbstractOptimizer
+    metrics: dict[str, Callable]
+    coordinates: Int[Array, " C"]
+    block_size: int = eqx.field(static=True)
+    eigen_tolerance: Float[Array, ""]
+    renew_every: Int[Array, ""]  # so many short steps
+    margin: Float[Array, ""]  # of the critical set, over the critical sharpness
+    rtol: Float[Array, ""]  # of long steps
+
+    # The equation.
+
+    def slope(self, y: FlowState) -> Slope:
+        return Slope(*self.objective.value_and_grad(y.weights))
+
+    @full_precision
+    def forcing(self, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> Forcing:
+        """E[g] - g = (1/2) sum_ij X_ij D_ij and E[g * g] - g * g = diag(H Sigma H),
+        with H u_i = kappa P u_i, which holds wherever X is not zero and makes the
+        constraint's dependence on X symmetric."""
+        i, j = np.tril_indices(self.block_size)
+        force = 0.5 * (jnp.where(i == j, 1, 2) * X[i, j]) @ e.forces
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        HU = self.optimizer.critical_sharpness * P * e.eigenvectors
+        return Forcing(force, jnp.sum(HU * (X @ HU), axis=0))
+
+    def rate(self, y: FlowState, slope: Slope, forcing: Forcing) -> FlowState:
+        """dw/dt = velocity(w, s, E[g]) and ds/dt = state_rate(s, E[g], E[g * g])."""
+        g = slope.gradient
+        mean, mean_sq = g + forcing.gradient, g * g + forcing.gradient_sq
+        weights = self.optimizer.velocity(y.weights, y.optimizer_state, mean)
+        state = self.optimizer.state_rate(y.optimizer_state, mean, mean_sq)
+        observables = jax.tree.map(jnp.zeros_like, y.observables)
+        if observables:
+            observables["smooth"]["loss"] = g @ weights
+        return FlowState(weights, state, observables)
+
+    def vf(self, t, y: FlowState, args) -> FlowState:
+        """The rate at X = 0: the stable flow."""
+        zero = jnp.zeros_like(y.weights)
+        return self.rate(y, self.slope(y), Forcing(zero, zero))
+
+    # The constraint C = U (kappa P - H) U'.
+
+    def constraint(self, e: Expansion) -> Float[Array, "k k"]:
+        return self.optimizer.critical_sharpness * e.gram - e.hessian
+
+    @full_precision
+    def constraint_rate(
+        self, y: FlowState, e: Expansion, rate: FlowState
+    ) -> Float[Array, "k k"]:
+        """dC_ij/dt = kappa u_i' dP/dt u_j - D_ij . dw/dt."""
+        kappa, U = self.optimizer.critical_sharpness, e.eigenvectors
+        _, dP = jax.jvp(
+            self.optimizer.preconditioner, (y.optimizer_state,), (rate.optimizer_state,)
+        )
+        i, j = np.tril_indices(self.block_size)
+        dH = e.forces @ rate.weights
+        dH = jnp.zeros_like(e.hessian).at[i, j].set(dH).at[j, i].set(dH)
+        return kappa * (U * dP) @ U.T - dH
+
+    def active(self, e: Expansion) -> Int[Array, ""]:
+        return e.critical
+
+    def count_critical(self, sharpness: Float[Array, " k"]) -> Int[Array, ""]:
+        """How many eigenvalues are so near the critical one that they may reach it
+        before the eigenvectors are computed anew."""
+        limit = (1 - self.margin) * self.optimizer.critical_sharpness
+        return jnp.sum(sharpness > limit, dtype=jnp.int32)
+
+    # The observables, and what the oscillations add to them, to second order in delta.
+
+    def record(self, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> FlowState:
+        k, P = self.block_size, self.optimizer.preconditioner(y.optimizer_state)
+        gradient, loss = e.slope.gradient, e.slope.loss
+        U, at = e.eigenvectors, self.coordinates
+        HU = _matmul(e.hessian, P * U)
+        smooth = dict(
+            loss=loss,
+            grad_norm_sq=gradient @ gradient,
+            sharpness=jnp.where(jnp.arange(k) < e.known, e.sharpness, jnp.nan),
+            metrics=self._observe(y.weights.dtype)(self.objective.model(y.weights)),
+            gradient_sq=gradient[at] ** 2,
+            step_sizes=1 / jnp.broadcast_to(P, gradient.shape)[at],
+        )
+        oscillating = dict(
+            loss=0.5 * jnp.sum(e.hessian * X),  # E[L] - L = <H, Sigma> / 2
+            grad_norm_sq=jnp.sum(X * _matmul(HU, HU.T)),  # E|g|^2 - |g|^2
+            oscillation=jnp.maximum(jnp.linalg.eigvalsh(X)[::-1], 0),
+            metrics=self._mean_metrics(y, e, X),
+            gradient_sq=jnp.sum(HU[:, at] * _matmul(X, HU[:, at]), axis=0),
+            trace_covariance=jnp.sum(X * _matmul(U, U.T)),  # tr Sigma
+        )
+        observables = dict(
+            smooth=smooth,
+            oscillating=oscillating,
+            error=jnp.zeros_like(loss),
+            approach=jnp.zeros((2, k), loss.dtype),
+            work=e.work,
+        )
+        return FlowState(y.weights, y.optimizer_state, observables)
+
+    def _observe(self, dtype) -> Callable[[PyTree], dict[str, PyTree[Array]]]:
+        """The metrics as a function of the model. Counts, too, have averages."""
+        real = lambda x: jnp.asarray(x, dtype)
+        return lambda model: {
+            name: jax.tree.map(real, fn(model)) for name, fn in self.metrics.items()
+        }
+
+    def _mean_metrics(
+        self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
+    ) -> dict[str, PyTree[Array]]:
+        """E[h] - h = <hess h, Sigma> / 2, with Sigma = sum_r f_r f_r'."""
+        observe = self._observe(y.weights.dtype)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(observe, self.objective.model(y.weights)),
+        )
+        if not self.metrics:
+            return zero
+        variances, Q = jnp.linalg.eigh(X)
+        factors = _matmul((jnp.sqrt(jnp.maximum(variances, 0)) * Q).T, e.eigenvectors)
+        k = X.shape[0]
+
+        def add(r, total):
+            f = factors[k - 1 - r]  # the critical ones have the largest variances
+            half = self.objective.second_derivative(observe, y.weights, f, f)
+            return jax.tree.map(lambda a, b: a + 0.5 * b, total, half)
+
+        return jax.lax.fori_loop(0, e.critical, add, zero)
+
+    def is_finite(self, y: FlowState, e: Expansion) -> Bool[Array, ""]:
+        oscillating = y.observables["oscillating"]
+        return jnp.isfinite(e.slope.loss + oscillating["loss"]) & jnp.all(
+            jnp.isfinite(y.weights)
+        )
+
+    # The expansion.
+
+    def expand(self, y: FlowState, previous: Expansion | None) -> Expansion:
+        if previous is None or previous.eigenvectors.shape[0] != self.block_size:
+            return self._renewed(y, previous)
+        return jax.lax.cond(
+            previous.age + 1 < self.renew_every,
+            lambda: self._reused(y, previous),
+            lambda: self._renewed(y, previous),
+        )
+
+    def _reused(self, y: FlowState, previous: Expansion) -> Expansion:
+        root = jnp.sqrt(self.optimizer.preconditioner(y.optimizer_state))
+        U, known = previous.eigenvectors * (previous.root / root), previous.known
+        quotients = jnp.sum(U * self.objective.hvps(y.weights, U, known), axis=1)
+        sharpness = jnp.where(
+            jnp.arange(self.block_size) < known, quotients, previous.sharpness
+        )
+        return dataclasses.replace(
+            previous,
+            slope=self.slope(y),
+            sharpness=sharpness,
+            hessian=jnp.diag(sharpness),
+            eigenvectors=U,
+            root=root,
+            age=previous.age + 1,
+            work=previous.work + Work(gradients=1, hvps=known),
+        )
+
+    def _renewed(self, y: FlowState, previous: Expansion | None) -> Expansion:
+        slope = self.slope(y)
+        if previous is None:
+            k = self.block_size
+            e = self._spectrum(y, None, k, max(k - GUARDS, 1))
+        else:
+            start = previous.eigenvectors
+            e = self._spectrum(y, previous, *self._followed(previous), start=start)
+            e = dataclasses.replace(e, work=previous.work + e.work)
+        work = e.work + Work(
+            gradients=1, third_derivatives=e.critical * (e.critical + 1) // 2
+        )
+        forces = self.objective.thirds(y.weights, e.eigenvectors, e.critical)
+        return dataclasses.replace(e, slope=slope, forces=forces, work=work)
+
+    def _followed(self, previous: Expansion) -> tuple[Array, Array]:
+        k = self.block_size
+        count = jnp.minimum(previous.critical + GUARDS, k)
+        return count, jnp.minimum(previous.critical + 1, k)
+
+    def _spectrum(
+        self,
+        y: FlowState,
+        previous: Expansion | None,
+        count: int | Int[Array, ""],
+        wanted: int | Int[Array, ""],
+        start: Float[Array, "j n"] | None = None,
+    ) -> Expansion:
+        """An expansion of which only the eigenpairs are known."""
+        w, k = y.weights, self.block_size
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        if start is None:
+            start, calls, sweeps = jr.normal(jr.key(0), (k, w.size), w.dtype), 0, 200
+        else:
+            start, calls, sweeps = start * jnp.sqrt(P), previous.calls + 1, 20
+            missing = k - start.shape[0]
+            if missing:
+                extra = jr.normal(jr.key(k), (missing, w.size), w.dtype)
+                start = jnp.concatenate([start, extra])
+        pairs = top_eigenpairs(
+            self.objective.preconditioned_hessian(w, P),
+            start,
+            count,
+            wanted,
+            tolerance=self.eigen_tolerance.astype(w.dtype),
+            max_sweeps=sweeps,
+            # Looks for eigenvectors that a symmetry hides from those tracked.
+            key=jr.fold_in(jr.key(1), calls),
+        )
+        critical = self.count_critical(pairs.values)
+        # There may be fewer eigenvalues than rows.
+        exists = jnp.isfinite(pairs.values)
+        sharpness = jnp.where(exists, pairs.values, 0)
+        residual = jnp.max(
+            jnp.where((jnp.arange(k) < wanted) & exists, pairs.residuals, 0)
+        )
+        largest = jnp.max(jnp.abs(sharpness))
+        residual = residual / jnp.where(largest > 0, largest, 1)
+        return Expansion(
+            slope=Slope(jnp.zeros((), w.dtype), jnp.zeros_like(w)),
+            sharpness=sharpness,
+            eigenvectors=pairs.vectors / jnp.sqrt(P),
+            hessian=jnp.diag(sharpness),
+            gram=jnp.eye(k, dtype=w.dtype),
+            forces=jnp.zeros((k * (k + 1) // 2, w.size), w.dtype),
+            tracked=jnp.asarray(count, jnp.int32),
+            known=jnp.maximum(wanted, critical),
+            critical=critical,
+            held=jnp.int32(0),
+            turned=jnp.zeros((), w.dtype),
+            root=jnp.sqrt(P),
+            age=jnp.int32(0),
+            calls=jnp.asarray(calls, jnp.int32),
+            work=Work(
+                hvps=pairs.products,
+                unconverged=(~pairs.converged).astype(jnp.int32),
+                eigen_residual=residual,
+            ),
+        )
+
+    # Long steps.
+
+    @full_precision
+    def reach(self, y: FlowState, rate: FlowState, e: Expansion, dt):
+        # P may fall in the step, the decay of the learning rate or of nu permitting.
+        U = e.eigenvectors
+        seen = (jnp.arange(self.block_size) < e.tracked) & (e.sharpness > 0)
+
+        def largest(share):
+            state = relaxed_state(self.optimizer, y, rate, share * dt)
+            P = self.optimizer.preconditioner(state)
+            return jnp.max(jnp.where(seen, e.sharpness / jnp.sum(U * P * U, 1), 0))
+
+        shares = jnp.linspace(0, 1, 17, dtype=dt.dtype)
+        rates = [0.1 * self.optimizer.critical_sharpness]  # at least
+        rates.append(jnp.max(jax.lax.map(largest, shares)))
+        for decay in jax.tree.leaves(state_decay(self.optimizer, y)):
+            rates.append(jnp.max(jnp.abs(decay)))
+        # H changes in the step, too.
+        return 1.2 * dt * jnp.max(jnp.stack([jnp.asarray(r, dt.dtype) for r in rates]))
+
+    def expand_ahead(
+        self, y: FlowState, previous: Any, before: Any, ratio: Any
+    ) -> Expansion:
+        if previous is None:
+            return self._spectrum(y, None, self.block_size, min(3, self.block_size))
+        start = previous.eigenvectors
+        if start.shape[0] == self.block_size:
+            # What of U the step before changed, once more.
+            P = self.optimizer.preconditioner(y.optimizer_state)
+            old = before.eigenvectors * jnp.sqrt(P)
+            norm = jnp.linalg.norm(old, axis=1, keepdims=True)
+            old = jnp.where(norm > 0, old / jnp.where(norm > 0, norm, 1), 0)
+            V = start * jnp.sqrt(P)
+            change = V - _matmul(_matmul(V, old.T), old)
+            start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
+        e = self._spectrum(y, previous, *self._followed(previous), start=start)
+        # What was held at the edge may be predicted below it, for being held too much.
+        # Without oscillations and below the edge there is nothing to solve for.
+        critical = jnp.minimum(jnp.maximum(e.critical, previous.held), e.tracked)
+        below = e.sharpness[0] < self.optimizer.critical_sharpness
+        critical = jnp.where(below & (previous.held == 0), 0, critical)
+        forces = self.objective.thirds(y.weights, e.eigenvectors, critical)
+        work = e.work + Work(third_derivatives=critical * (critical + 1) // 2)
+        return dataclasses.replace(e, critical=critical, forces=forces, work=work)
+
+    def responder(
+        self, y: FlowState, e: Expansion, dt: Float[Array, ""], R: Polynomial
+    ) -> tuple[Response, Expansion]:
+        active = jnp.arange(self.block_size) < e.critical
+        force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
+        return responder(self.objective, self.optimizer, y, e, force, dt, R)
+
+    def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
+        P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
+        active = jnp.arange(self.block_size) < e.critical
+        block = active[:, None] & active
+        images = self.objective.hvps(y.weights, U, e.critical)
+        hessian = _matmul(U, images.T)
+        hessian = jnp.where(block, (hessian + hessian.T) / 2, e.hessian)
+        gram = jnp.where(block, _matmul(U * P, U.T), e.gram)
+        # gram^-1/2 hessian gram^-1/2, whose eigenvalues are those of P^-1 H
+        g, Q = jnp.linalg.eigh(gram)
+        root = (Q / jnp.sqrt(g)) @ Q.T
+        inverse = jnp.where(block, (Q / g) @ Q.T, 0)
+        rest = images - _matmul(jnp.where(block, hessian, 0) @ inverse, P * U)
+        turned = jnp.max(jnp.where(active, jnp.sum(rest**2 / P, axis=1), 0))
+        variances = jnp.linalg.eigvalsh(X)
+        work = Work(
+            gradients=stages,  # one less in the step, and one at its end
+            hvps=e.critical,
+            unconverged=(~converged).astype(jnp.int32),
+        )
+        return dataclasses.replace(
+            e,
+            slope=self.slope(y),
+            sharpness=jnp.linalg.eigvalsh(root @ hessian @ root)[::-1],
+            hessian=hessian,
+            gram=gram,
+            forces=e.forces[:0],
+            held=jnp.sum(variances > 1e-3 * jnp.max(variances), dtype=jnp.int32),
+            turned=jnp.sqrt(turned),
+            work=e.work + work,
+        )
+
+    def onset(self, before: Expansion, predicted: Expansion) -> Float[Array, ""]:
+        left = self.optimizer.critical_sharpness - before.sharpness[0]
+        rise = predicted.sharpness[0] - before.sharpness[0]
+        jumps = (before.held == 0) & (left > 0) & (rise > left)
+        return jnp.where(jumps, jnp.minimum(left / jnp.where(jumps, rise, 1), 0.9), 0)
+
+    def damped(
+        self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]
+    ) -> tuple[FlowState, Expansion]:
+        weights, count = damped(
+            self.objective, self.optimizer, y, e, defect.weights, dt
+        )
+        defect = FlowState(weights, defect.optimizer_state, defect.observables)
+        return defect, dataclasses.replace(e, work=e.work + Work(hvps=count))
+
+    @full_precision
+    def distance(self, y0: FlowState, y1: FlowState) -> Float[Array, ""]:
+        P = self.optimizer.preconditioner(y1.optimizer_state)
+        return jnp.sqrt(jnp.sum(P * (y1.weights - y0.weights) ** 2))
+
+    def relative_error(self, step: Step) -> Float[Array, ""]:
+        return jnp.max(jnp.stack(list(errors(self, step).values())))
+
+    def approach(self, step: Step) -> Float[Array, "2 k"]:
+        return approach(self, step)

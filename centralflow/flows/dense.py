@@ -1,0 +1,109 @@
+"""A flow between the ends of a long step."""
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .base import FlowState
+
+
+class StepInterpolation(diffrax.AbstractLocalInterpolation):
+    """What a flow's state is within a step, from y and its rate at both ends, and from
+    y one step `before`, which was `ratio` times as long, or zero if there was none.
+
+    Weights are cubic; loss and squared gradient norm too, on a logarithmic scale if
+    they are positive: a straight line would be off by a percent where the step's error
+    is far smaller. All the rest is linear; but until the `onset`, a share of the step,
+    there are no oscillations, and after it the sharpness is what it is at the end.
+    """
+
+    t0: Any
+    t1: Any
+    y0: FlowState
+    y1: FlowState
+    rate0: FlowState
+    rate1: FlowState
+    before: FlowState
+    ratio: Any
+    onset: Any
+
+    def evaluate(self, t0, t1=None, left: bool = True) -> FlowState:
+        del left
+        if t1 is not None:
+            return jax.tree.map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
+        dt = self.t1 - self.t0
+        x = (t0 - self.t0) / jnp.where(dt > 0, dt, 1)
+        linear = jax.tree.map(lambda a, b: a + x * (b - a), self.y0, self.y1)
+        rates = (self.rate0, self.rate1)
+        weights = self._cubic(
+            x,
+            *(y.weights for y in (self.before, self.y0, self.y1)),
+            *(dt * rate.weights for rate in rates),
+        )
+        ys, smooth = (self.y0, self.y1), dict(linear.observables["smooth"])
+        slopes = (dt * rate.observables["smooth"]["loss"] for rate in rates)
+        smooth["loss"] = self._scaled(x, "loss", *slopes)
+        smooth["grad_norm_sq"] = self._scaled(x, "grad_norm_sq")
+        sharpness = jnp.stack([y.observables["smooth"]["sharpness"][0] for y in ys])
+        rising = jnp.where(self.onset > 0, self.onset, 1)
+        first = sharpness[0] + jnp.minimum(x / rising, 1) * (
+            sharpness[1] - sharpness[0]
+        )
+        smooth["sharpness"] = smooth["sharpness"].at[0].set(first)
+        oscillating = jax.tree.map(
+            lambda v: jnp.where(x >= self.onset, v, 0),
+            linear.observables["oscillating"],
+        )
+        observables = {
+            **linear.observables,
+            "smooth": smooth,
+            "oscillating": oscillating,
+        }
+        return FlowState(weights, linear.optimizer_state, observables)
+
+    def _scaled(self, x, name: str, slope0=None, slope1=None):
+        """A cubic on a logarithmic scale, if that exists."""
+        ys = (self.before, self.y0, self.y1)
+        values = jnp.stack([y.observables["smooth"][name] for y in ys])
+        positive = jnp.all(values > 0)
+        safe = jnp.where(positive, values, 1)
+        scaled = jnp.where(positive, jnp.log(safe), values)
+        if slope0 is not None:
+            slope0, slope1 = slope0 / safe[1], slope1 / safe[2]
+        value = self._cubic(x, *scaled, slope0, slope1)
+        return jnp.where(positive, jnp.exp(jnp.where(positive, value, 0)), value)
+
+    def _cubic(self, x, before, y0, y1, k0, k1):
+        """Between y0 and y1, from the slopes there: those of the equation; but in long
+        steps fast modes that are not quite in equilibrium have large rates and go
+        nowhere. So they are moved towards those of the parabola through the last three
+        points, the more the farther they are from them. Without slopes, it is these."""
+        dt = self.t1 - self.t0
+        known = self.ratio > 0
+        ratio = jnp.where(known, self.ratio, 1)
+        d = y1 - y0
+        curvature = (d - (y0 - before) / ratio) / (1 + ratio)
+        near = 0.5 * jnp.linalg.norm(d)
+
+        def slope(k, parabola):
+            if k is None:
+                return _limited(jnp.where(known, parabola, d), d)
+            away = jnp.linalg.norm(k - parabola)
+            doubt = away**2 / jnp.maximum(away**2 + near**2, jnp.finfo(d.dtype).tiny)
+            share = jnp.where(known, doubt * dt / (dt + 5), 0)
+            return _limited(k + share * (parabola - k), d)
+
+        k0, k1 = slope(k0, d - curvature), slope(k1, d + curvature)
+        return y0 + x * d + x * (1 - x) * ((1 - x) * (k0 - d) - x * (k1 - d))
+
+
+def _limited(slope: Float[Array, "*n"], mean: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The slope, no farther from the mean one than that is long. A number then stays
+    between the ends (a case of Fritsch and Carlson's condition)."""
+    away, length = slope - mean, jnp.linalg.norm(mean)
+    distance = jnp.linalg.norm(away)
+    far = distance > length
+    return mean + away * jnp.where(far, length / jnp.where(far, distance, 1), 1)

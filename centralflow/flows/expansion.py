@@ -1,0 +1,51 @@
+"""What is known of the loss at one point, and what the oscillations add to it."""
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+from .base import Work
+
+
+class Slope(eqx.Module):
+    loss: Float[Array, ""]
+    gradient: Float[Array, " n"]
+
+
+class Forcing(eqx.Module):
+    """What the oscillations add to E[g] and to E[g * g]."""
+
+    gradient: Float[Array, " n"]
+    gradient_sq: Float[Array, " n"]
+
+
+class Expansion(eqx.Module):
+    """The loss to third order at one point, along the top eigenvectors there.
+
+    `eigenvectors` holds U, whatever Ritz vectors there are, of which the first
+    `tracked` are followed, the first `known` have converged, and the first `critical`
+    may become tight. `hessian` is U H U' and `gram` is U P U', the identity where the
+    eigenvectors were computed; `sharpness` holds the eigenvalues of the two. Row
+    i (i + 1) / 2 + j of `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical
+    u_i and u_j; after a step it may be empty. `held` is the rank of X.
+
+    Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
+    `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. `turned` is
+    the largest |H u_i - P sum_j M_ij u_j| in the norm of P^-1, with M = U H U', after a
+    long step.
+    """
+
+    slope: Slope
+    sharpness: Float[Array, " k"]
+    eigenvectors: Float[Array, "k n"]
+    hessian: Float[Array, "k k"]
+    gram: Float[Array, "k k"]
+    forces: Float[Array, "m n"]
+    tracked: Int[Array, ""]
+    known: Int[Array, ""]
+    critical: Int[Array, ""]
+    held: Int[Array, ""]
+    turned: Float[Array, ""]
+    root: Float[Array, ""] | Float[Array, " n"]
+    age: Int[Array, ""]
+    calls: Int[Array, ""]
+    work: Work

@@ -1,0 +1,107 @@
+"""How wrong a long step is, and how near the next eigenvalue is to the edge."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..precision import full_precision
+from ..solvers import Step
+
+# Of a violation found within so many optimizer steps, little is the step's own making.
+_OWN = 0.25
+
+
+@full_precision
+def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
+    """The errors of a step of [`centralflow.flows.central_term.CentralTerm`][]: all
+    relative, and weighted such that each, kept at 1e-2, leaves an error of the order of
+    1e-2 in the loss, or less.
+
+    - `path`: the defect of the Runge-Kutta step, over the length of the path, in the
+        norm of P.
+    - `loss`, `correction`: what the defect and the correction mean for the loss, over
+        the loss.
+    - `jump`: the correction over the length of the path.
+    - `violation`: what the correction had to do for the constraint.
+    - `remainder`: what it left to do.
+    - `P`: how far the step sizes 1/P are from linear in time; a schedule of the
+        learning rate may do anything.
+    """
+    e0, e, kappa = step.expansion0, step.expansion1, term.optimizer.critical_sharpness
+    P = term.optimizer.preconditioner(step.y1.optimizer_state)
+    norm = lambda v: jnp.sqrt(jnp.sum(P * v * v))
+    tiny = jnp.finfo(step.dt.dtype).tiny
+    distance = term.distance(step.y0, step.y1)
+    loss = jnp.maximum(jnp.abs(e0.slope.loss), jnp.abs(e.slope.loss)) + tiny
+    # Where the flow comes to rest, a distance d matters for its kappa d^2 / 2 of loss.
+    rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa)
+    gradient = (e0.slope.gradient + e.slope.gradient) / 2
+    correction, defect = step.correction.weights, step.defect.weights
+
+    rows = jnp.arange(e.sharpness.size) < e.critical
+    before, predicted, after = (
+        term.constraint(x) for x in (step.expansion0, step.predicted, step.expansion1)
+    )
+    moved = jnp.where(rows, jnp.abs(jnp.diag(step.linearized - predicted)), 0)
+    beyond = jnp.max(-jnp.diag(predicted)) - step.excess
+    left = jnp.maximum(jnp.max(-jnp.diag(before)), 0)
+    violation = jnp.maximum(jnp.max(moved), beyond) - left
+    violation = step.dt / (step.dt + _OWN) * jnp.maximum(violation, 0)
+    # By perturbation theory, the eigenvalues exceed those in the old eigenvectors by
+    # the square of what these turned, over the distance of those to which they turned.
+    both = rows[:, None] & rows
+    remainder = jnp.max(jnp.where(both, jnp.abs(after - step.linearized), 0))
+    remainder = jnp.maximum(remainder, 6 * e.turned**2)
+    # In steps of a few units a change of X is answered to exactly.
+    jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
+    change = jnp.max(moved)
+    jump = jump * change / (change + 0.1 * term.rtol * kappa)
+    return dict(
+        path=0.05 * norm(defect) / (distance + rest),
+        loss=3 * jnp.abs(gradient @ defect) / loss,
+        correction=jnp.abs(gradient @ correction) / loss,
+        jump=0.1 * jump,
+        violation=_root(violation / kappa) ** 2,
+        remainder=remainder / kappa,
+        P=0.1 * _variation_of_step_size(term.optimizer, step),
+    )
+
+
+def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
+    """How far the eigenvalues are below the edge, and the speeds at which they came
+    nearer in the prediction, in units in which a violation is the root of its error."""
+    kappa = term.optimizer.critical_sharpness
+    before, predicted, after = (
+        jnp.where(jnp.arange(e.sharpness.size) < e.known, e.sharpness, -jnp.inf)
+        for e in (step.expansion0, step.predicted, step.expansion1)
+    )
+    both = jnp.isfinite(before) & jnp.isfinite(predicted)
+    speed = jnp.where(both, jnp.maximum(predicted - before, 0), 0) / step.dt
+    left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
+    return _root(jnp.stack([left, speed]) / kappa)
+
+
+def _root(violation: Array) -> Array:
+    # Correcting the sharpness by 2 % is an error of 1 %; what the linearization leaves
+    # is of second order.
+    return 5 * violation
+
+
+def _variation_of_step_size(optimizer: Any, step: Step) -> Float[Array, ""]:
+    """How far 1/P is from linear between the ends of a step, over its size there."""
+    s0, s1 = step.y0.optimizer_state, step.y1.optimizer_state
+
+    def at(share):
+        state = jax.tree.map(lambda a, b: a + share * (b - a), s0, s1)
+        return 1 / optimizer.preconditioner(state)
+
+    first, last = at(0.0), at(1.0)
+    size = jnp.maximum(jnp.abs(first), jnp.abs(last))
+
+    def deviation(share):
+        linear = first + share * (last - first)
+        return jnp.sqrt(jnp.mean(((at(share) - linear) / size) ** 2))
+
+    return jnp.max(jax.lax.map(deviation, jnp.linspace(0, 1, 17, dtype=step.dt.dtype)))

@@ -1,0 +1,65 @@
+"""Functions of a symmetric operator applied to a vector, by the Lanczos iteration."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .precision import full_precision
+
+
+class Krylov(eqx.Module):
+    """An orthonormal basis Q of span{v, A v, A^2 v, ...}, v / |v| its first row, and
+    the eigenvalues and eigenvectors of Q A Q'. Rows that are not in use are zero."""
+
+    basis: Float[Array, "m n"]
+    nodes: Float[Array, " m"]
+    vectors: Float[Array, "m m"]
+
+    def coefficients(self, function: Callable) -> Float[Array, " m"]:
+        """Those of f(A) v / |v| in the basis: exact for polynomials f of degree below
+        the number of products. The first, v' f(A) v / |v|^2, is a Gauss quadrature,
+        exact up to twice that degree less one."""
+        return self.vectors @ (function(self.nodes) * self.vectors[0])
+
+
+# The operator, the user's, is called in between.
+_matmul = full_precision(jnp.matmul)
+
+
+def krylov(
+    operator: Callable[[Float[Array, " n"]], Float[Array, " n"]],
+    v: Float[Array, " n"],
+    count: Int[Array, ""],
+    most: int,
+) -> Krylov:
+    """The Krylov space of a symmetric operator, with `count <= most` products.
+
+    With full reorthogonalization: `most` is small.
+    """
+
+    def unit(x, scale):
+        norm = jnp.linalg.norm(x)
+        # What is left of an invariant space is rounding.
+        usable = norm > 1e-5 * scale
+        return jnp.where(usable, x / jnp.where(usable, norm, 1), 0)
+
+    def extend(j, carry):
+        Q, T = carry
+        image = operator(Q[j])
+        h = _matmul(Q, image)
+        rest = image - _matmul(h, Q)
+        rest = rest - _matmul(_matmul(Q, rest), Q)
+        row = jnp.where(j + 1 < count, j + 1, most)
+        Q = Q.at[row].set(unit(rest, jnp.linalg.norm(image)), mode="drop")
+        return Q, T.at[:, j].set(h)
+
+    basis = jnp.zeros((most, v.size), v.dtype).at[0].set(unit(v, 0.0))
+    T = jnp.zeros((most, most), v.dtype)
+    basis, T = jax.lax.fori_loop(0, count, extend, (basis, T))
+    # Column j was found before row j + 1 of the basis was there.
+    T = jnp.triu(T) + jnp.triu(T, 1).T
+    nodes, vectors = jnp.linalg.eigh(T)
+    return Krylov(basis, nodes, vectors)

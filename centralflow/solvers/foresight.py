@@ -1,0 +1,69 @@
+"""Step-size control that sees the constraint coming, and counts the work."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+
+class _State(eqx.Module):
+    inner: Any
+    total: PyTree
+
+
+class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
+    """Wraps a controller, for [`centralflow.solvers.ProjectedRKC`][].
+
+    An error estimate looks back, and where a row of the constraint is about to become
+    tight it says nothing: the next step would be rejected, several times. So a step is
+    at most so long that no row, at its last speed, exceeds the constraint by more than
+    the tolerance allows.
+
+    What a step cost is `work` of its error estimate: Diffrax returns to the old solver
+    state when it rejects a step, but a controller sees each one. The total is in its
+    state.
+    """
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    @property
+    def atol(self):
+        return self.controller.atol
+
+    @property
+    def rtol(self):
+        return self.controller.rtol
+
+    @property
+    def norm(self):
+        return self.controller.norm
+
+    def wrap(self, direction):
+        return ForesightController(self.controller.wrap(direction))
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        t1, inner = self.controller.init(
+            terms, t0, t1, y0, dt0, args, func, error_order
+        )
+        zero = jax.tree.map(jnp.zeros_like, y0.observables["work"])
+        return t1, _State(inner, zero)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state.inner
+        )
+        left, speed = y_error.observables["approach"]
+        allowed = 0.7 * jnp.sqrt(self.atol)
+        longest = jnp.min(
+            jnp.where(
+                speed > 0, (left + allowed) / jnp.where(speed > 0, speed, 1), jnp.inf
+            )
+        )
+        next_t1 = jnp.where(keep, jnp.minimum(next_t1, next_t0 + longest), next_t1)
+        total = controller_state.total + y_error.observables["work"]
+        return keep, next_t0, next_t1, jump, _State(inner, total), result

@@ -1,0 +1,150 @@
+"""Differential equations with a complementarity constraint."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .rkc import Polynomial
+
+
+class AbstractComplementarityTerm(diffrax.AbstractTerm):
+    """The differential equation with a semidefinite complementarity constraint
+
+        dy/dt = f(y, Phi(y)[X]),      0 <= X  perpendicular to  C(y) >= 0,
+
+    with the forcing Phi(y)[X] linear in the symmetric matrix X [k, k], f affine in the
+    forcing, and C(y) [k, k] symmetric. What f needs to know of y is its `slope`; all
+    that is known there, other than X, its `expansion`.
+    """
+
+    @abc.abstractmethod
+    def slope(self, y: PyTree) -> Any:
+        """What f needs to know of y."""
+
+    @abc.abstractmethod
+    def rate(self, y: PyTree, slope: Any, forcing: PyTree) -> PyTree:
+        """f(y, forcing)."""
+
+    @abc.abstractmethod
+    def forcing(
+        self, y: PyTree, expansion: Any, X: Float[Array, "k k"]
+    ) -> PyTree[Array]:
+        """Phi(y)[X]."""
+
+    @abc.abstractmethod
+    def expand(self, y: PyTree, previous: Any) -> Any:
+        """The expansion at y, warm-started from the one at a point near by."""
+
+    @abc.abstractmethod
+    def constraint(self, expansion: Any) -> Float[Array, "k k"]:
+        """C(y)."""
+
+    @abc.abstractmethod
+    def constraint_rate(
+        self, y: PyTree, expansion: Any, rate: PyTree
+    ) -> Float[Array, "k k"]:
+        """dC/dy applied to `rate`."""
+
+    @abc.abstractmethod
+    def active(self, expansion: Any) -> Int[Array, ""]:
+        """How many leading rows of C may be tight during the step. X is zero in the
+        others."""
+
+    @abc.abstractmethod
+    def record(self, y: PyTree, expansion: Any, X: Float[Array, "k k"]) -> PyTree:
+        """y with its observables brought up to date."""
+
+    @abc.abstractmethod
+    def is_finite(self, y: PyTree, expansion: Any) -> Bool[Array, ""]:
+        """Whether the solution still makes sense."""
+
+    def contr(self, t0, t1, **kwargs):
+        return t1 - t0
+
+    def prod(self, vf, control):
+        return jax.tree.map(lambda x: control * x, vf)
+
+
+class Step(eqx.Module):
+    """A step from y0 to y1, for those who judge it."""
+
+    dt: Float[Array, ""]
+    y0: PyTree[Array]
+    y1: PyTree[Array]
+    rate0: PyTree[Array]
+    rate1: PyTree[Array]
+    expansion0: Any
+    predicted: Any  # the expansion at the predicted end
+    expansion1: Any
+    linearized: Float[Array, "k k"]  # what the constraint at y1 should be
+    defect: PyTree[Array]  # an estimate of y1's error with the forcing as it is
+    correction: PyTree[Array]  # what the change of the forcing did to y1
+    excess: Float[Array, ""]  # a violation of the constraint that is permitted
+    travelled: Float[Array, ""]  # the sum of the distances of earlier steps
+
+
+class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
+    """A complementarity term that can also be stepped over many times the time that its
+    fastest modes need. The eigenvalues of df/dy are real, or nearly so."""
+
+    @abc.abstractmethod
+    def reach(self, y: PyTree, rate: PyTree, expansion: Any, dt) -> Float[Array, ""]:
+        """A bound on -dt times the eigenvalues of df/dy in a step from y."""
+
+    @abc.abstractmethod
+    def expand_ahead(
+        self, y: PyTree, previous: Any, before: Any, ratio: Float[Array, ""]
+    ) -> Any:
+        """The expansion at the predicted end y of a step, without its slope, from those
+        at the start of the step and one step `before`; `ratio` is the step's length
+        over that of the one before. With `previous` None, the first expansion."""
+
+    @abc.abstractmethod
+    def responder(
+        self, y: PyTree, expansion: Any, dt: Float[Array, ""], R: Polynomial
+    ) -> tuple[Callable[[PyTree], PyTree], Any]:
+        """A linear function: what a constant change of the forcing in a step does to
+        its end, y; and the expansion, with the work for that counted."""
+
+    @abc.abstractmethod
+    def complete(
+        self,
+        y: PyTree,
+        expansion: Any,
+        X: Float[Array, "k k"],
+        stages: Int[Array, ""],
+        converged: Bool[Array, ""],
+    ) -> Any:
+        """The expansion at the corrected end y of a step, from that at the predicted
+        one: its `slope`, and C on the rows that may be tight. X, the number of stages
+        and whether the complementarity problem converged are for the record."""
+
+    @abc.abstractmethod
+    def onset(self, before: Any, predicted: Any) -> Float[Array, ""]:
+        """When in a step that nothing was held before, from 0 to 1, the first row
+        becomes tight; zero if something was, or none does."""
+
+    @abc.abstractmethod
+    def damped(
+        self, y: PyTree, expansion: Any, defect: PyTree, dt: Float[Array, ""]
+    ) -> tuple[PyTree, Any]:
+        """The defect of a step that ends at y, without what its fast modes undo within
+        the step; and the expansion, with the work for that counted."""
+
+    @abc.abstractmethod
+    def distance(self, y0: PyTree, y1: PyTree) -> Float[Array, ""]:
+        """The length of a step."""
+
+    @abc.abstractmethod
+    def relative_error(self, step: Step) -> Float[Array, ""]:
+        """The error of a step, relative to what it should be relative to."""
+
+    @abc.abstractmethod
+    def approach(self, step: Step) -> Float[Array, "2 k"]:
+        """How far each row is from being tight, and the speed at which it came nearer
+        in the prediction, both in the square roots of an error."""
