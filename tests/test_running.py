@@ -164,7 +164,12 @@ def test_divergence_of_a_flow_keeps_what_there_was(flow):
     with pytest.raises(cf.NumericalFailure) as info:
         cf.predict(objective, model, cf.GradientDescent(1.0), 100, flow=flow)
     prediction = info.value.trajectory
-    assert 1 <= prediction.times[-1] < 20
+    if flow == cf.CentralFlow(1):  # too coarse to see it
+        assert 1 <= prediction.times[-1] < 20
+    else:
+        np.testing.assert_array_equal(prediction.times, [0, 1])
+        w = np.tan(1.0)
+        assert abs(prediction.loss[1] + w + w**3 / 3) < 0.02 * (w + w**3 / 3)
     assert np.all(np.isfinite(prediction.loss))
     assert np.all(np.isfinite(prediction.model))
 

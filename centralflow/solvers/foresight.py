@@ -15,7 +15,7 @@ class _State(eqx.Module):
 
 
 class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
-    """Wraps a controller, for [`centralflow.solvers.ProjectedRKC`][].
+    """Wraps a PID controller with a `dtmin`, for [`centralflow.solvers.ProjectedRKC`][].
 
     An error estimate looks back, and where a row of the constraint is about to become
     tight it says nothing: the next step would be rejected, several times. So a step is
@@ -27,7 +27,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     state.
     """
 
-    controller: diffrax.AbstractAdaptiveStepSizeController
+    controller: diffrax.PIDController
 
     @property
     def atol(self):
@@ -64,6 +64,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
                 speed > 0, (left + allowed) / jnp.where(speed > 0, speed, 1), jnp.inf
             )
         )
+        longest = jnp.maximum(longest, self.controller.dtmin)
         next_t1 = jnp.where(keep, jnp.minimum(next_t1, next_t0 + longest), next_t1)
         total = controller_state.total + y_error.observables["work"]
         return keep, next_t0, next_t1, jump, _State(inner, total), result

@@ -85,7 +85,6 @@ class Step(eqx.Module):
     defect: PyTree[Array]  # an estimate of y1's error with the forcing as it is
     correction: PyTree[Array]  # what the change of the forcing did to y1
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
-    travelled: Float[Array, ""]  # the sum of the distances of earlier steps
 
 
 class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
