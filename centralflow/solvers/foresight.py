@@ -15,7 +15,8 @@ class _State(eqx.Module):
 
 
 class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
-    """Wraps a PID controller with a `dtmin`, for [`centralflow.solvers.ProjectedRKC`][].
+    """Wraps a PID controller that has a `dtmin`, for
+    [`centralflow.solvers.ProjectedRKC`][].
 
     An error estimate looks back, and where a row of the constraint is about to become
     tight it says nothing: the next step would be rejected, several times. So a step is
