@@ -199,6 +199,8 @@ class _Part(eqx.Module):
 
     series: dict[str, PyTree[Array]]
     snapshots: dict[str, Array]
+    start: dict[str, PyTree[Array]]  # one row of each
+    first: dict[str, Array]
     state: FlowSolverState
     optimizer_state: PyTree[Array]  # before the gradient at the end
     time: Float[Array, ""]
@@ -237,6 +239,7 @@ def _integrate(
     # has at t1 - 1.
     before = jnp.maximum(t1 - 1, t0)[None]
     observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
+    snapshot = lambda t, y, args: dict(t=t, weights=y.weights)
     solution = diffrax.diffeqsolve(
         term,
         flow.solver(),
@@ -248,9 +251,9 @@ def _integrate(
         saveat=diffrax.SaveAt(
             subs=dict(
                 series=diffrax.SubSaveAt(ts=times, fn=observe),
-                snapshots=diffrax.SubSaveAt(
-                    ts=kept, fn=lambda t, y, args: dict(t=t, weights=y.weights)
-                ),
+                snapshots=diffrax.SubSaveAt(ts=kept, fn=snapshot),
+                start=diffrax.SubSaveAt(t0=True, fn=observe),
+                first=diffrax.SubSaveAt(t0=True, fn=snapshot),
                 before=diffrax.SubSaveAt(
                     ts=before, fn=lambda t, y, args: y.optimizer_state
                 ),
@@ -288,6 +291,8 @@ def _integrate(
     return _Part(
         series=solution.ys["series"],
         snapshots=solution.ys["snapshots"],
+        start=solution.ys["start"],
+        first=solution.ys["first"],
         state=FlowSolverState(y, solution.solver_state),
         optimizer_state=optimizer_state,
         time=time,
@@ -308,6 +313,8 @@ def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, A
             _leading(s, np.all(np.isfinite(np.asarray(s["weights"])), axis=1))
             for s in snapshots
         ]
+        if len(series[0]["t"]) == 0:  # not a single step could be made
+            series[0], snapshots[0] = parts[0].start, parts[0].first
     if len(parts) > 1:  # the last has the largest block
         width = series[-1]["sharpness"].shape[1]
         for s in series:

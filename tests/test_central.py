@@ -1,11 +1,14 @@
 """The central flow on problems that are solved by hand, and its defining properties."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import centralflow as cf
+from centralflow.flows import FlowState
 
 from .problems import parabola, tiny_loss, tiny_network
 
@@ -267,10 +270,11 @@ def test_in_pieces_it_is_the_same_flow(substeps):
     # The state is that of a run: so many updates before the gradient at the end.
     for flow, steps in ((half, 64), (rest, 128), (whole, 128)):
         np.testing.assert_allclose(flow.optimizer_state, steps, rtol=1e-6)
-    # Fixed steps are the same steps, but for rounding; others have rtol = 1e-2.
-    error = 1e-5 if substeps else 1e-2
+    # Of fixed steps the eigenvectors are other ones, to a residual of 2e-3; others have
+    # rtol = 1e-2.
+    error = 2e-3 if substeps else 1e-2
     loss, oscillation = whole.loss[64:], np.sum(whole.oscillation[64:], axis=1)
-    np.testing.assert_allclose(rest.loss[::2], loss, rtol=error)
+    np.testing.assert_allclose(rest.loss[::2], loss, rtol=error / 5)
     np.testing.assert_allclose(
         np.sum(rest.oscillation[::2], axis=1),
         oscillation,
@@ -300,8 +304,10 @@ def test_a_hidden_eigenvalue_is_found():
 
 
 @pytest.mark.usefixtures("x64")
-def test_one_eigenvalue_of_scalar_rmsprop():
-    """At the edge eta S / sqrt(nu) = 2 stays: dS/dt / S = dnu/dt / (2 nu), with
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_one_eigenvalue_of_scalar_rmsprop(decay):
+    """At the edge eta S / sqrt(nu) = 2 stays: deta/dt / eta + dS/dt / S = dnu/dt / (2
+    nu), with deta/dt = -decay eta and
 
         dS/dt  = -(eta / sqrt(nu)) <grad S, g + sigma^2 grad S / 2>,
         dnu/dt = c (|g|^2 + S^2 sigma^2 - nu),    c = (1 - beta2) / beta2,
@@ -316,12 +322,12 @@ def test_one_eigenvalue_of_scalar_rmsprop():
     grad_S = jax.grad(lambda w: jnp.linalg.eigvalsh(H(w))[-1])(w)
     root = eta * S / 2
     c, nu = (1 - beta2) / beta2, root**2
-    free = -(eta / root) * (grad_S @ g) / S - c * (g @ g - nu) / (2 * nu)
+    free = -(eta / root) * (grad_S @ g) / S - c * (g @ g - nu) / (2 * nu) - decay
     held = (eta / root) * (grad_S @ grad_S) / (2 * S) + c * S**2 / (2 * nu)
     sigma_sq = free / held
     assert sigma_sq > 0
 
-    optimizer = cf.ScalarRMSProp(eta, beta2)
+    optimizer = cf.ScalarRMSProp(lambda step: eta * (1 - decay * step), beta2)
     # the state that is at the edge once the gradient at w has entered it
     state = optimizer.init(w)
     state = type(state)(state.updates, (nu - (1 - beta2) * (g @ g)) / beta2, state.age)
@@ -332,3 +338,34 @@ def test_one_eigenvalue_of_scalar_rmsprop():
     # Sigma = X u u' with u' P u = 1 and P = sqrt(nu) / eta. The SDCP is posed on the
     # end of the step, linearized at its start: exact there.
     np.testing.assert_allclose(flow.oscillation[0, 0], sigma_sq * root / eta, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "optimizer", [cf.RMSProp(0.01, 0.9, 1e-3, True), cf.ScalarRMSProp(0.1, 0.9)]
+)
+def test_the_response_of_the_constraint_is_self_adjoint(optimizer):
+    """B_ij,kl = d(dC_ij/dt)/dX_kl is symmetric, and positive: what an oscillation does,
+    through the weights and through P, holds the sharpness down."""
+    objective, model = _near_the_edge(jnp.float64)
+    w, flat = objective.flatten(model)
+    state = optimizer.update_state(optimizer.init(w), flat.grad(w))
+    term = cf.CentralFlow(block_size=4).term(
+        flat, optimizer, {}, jnp.zeros(0, int), jnp.asarray(1e-4)
+    )
+    y = FlowState(w, state, {})
+    e = term.expand_ahead(y, None, None, jnp.zeros(()))
+    forces = flat.thirds(w, e.eigenvectors, jnp.asarray(4))
+    e = dataclasses.replace(e, forces=forces, critical=jnp.asarray(4))
+    rows, columns = np.tril_indices(4)
+
+    def response(x):
+        X = jnp.zeros((4, 4)).at[rows, columns].add(x / 2).at[columns, rows].add(x / 2)
+        rate = term.rate(y, e.slope, term.forcing(y, e, X))
+        C = term.constraint_rate(y, e, rate)
+        return jnp.where(rows == columns, 1, 2) * C[rows, columns]
+
+    # <X, B X'> for X, X' = (E_ij + E_ji) / 2
+    B = jax.jacobian(response)(jnp.zeros(10)) / 2 ** (rows != columns)[:, None]
+    np.testing.assert_allclose(B, B.T, atol=1e-12 * np.max(np.abs(B)))
+    assert np.linalg.eigvalsh((B + B.T) / 2)[0] > 0

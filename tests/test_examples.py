@@ -1,9 +1,16 @@
 """The examples, in short forms."""
 
 import runpy
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import centralflow as cf
+from centralflow.optimizers.rmsprop import SecondMoment
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {
@@ -22,6 +29,21 @@ def test_example(path, tmp_path):
     figure = tmp_path / "figure.png"
     main(**SHORT[path.stem], output=figure)
     assert figure.stat().st_size > 10_000
+
+
+def test_the_optimizer_of_the_example_is_rmsprop():
+    """With the power 1/2 and RMSProp's eps: the same runs and flows."""
+    kind = runpy.run_path(str(EXAMPLES / "own_optimizer.py"))["PowerRMSProp"]
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(30))
+    model = cf.models.MLP(64, 10, 5, key=jax.random.key(0))
+    ours, theirs = kind(0.005, 0.9, 0.5, 1e-6), cf.RMSProp(0.005, 0.9, 1e-6)
+    w, flat = objective.flatten(model)
+    nu = flat.grad(w) ** 2
+    starts = ((ours, nu), (theirs, SecondMoment(jnp.zeros(()), nu, jnp.zeros(()))))
+    for fn in (cf.train, partial(cf.predict, flow=cf.StableFlow(), rtol=1e-5)):
+        a, b = (fn(objective, model, o, 30, optimizer_state=s) for o, s in starts)
+        np.testing.assert_allclose(a.loss, b.loss, rtol=3e-5)
+        assert a.loss[-1] < 0.9 * a.loss[0]
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):

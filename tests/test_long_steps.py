@@ -232,7 +232,9 @@ def test_values_between_the_ends_of_steps(network):
 
 
 @pytest.mark.parametrize(
-    ("start", "end"), [(60, 1e6), (60, 65), (60, 61)], ids=["drop", "dip", "short dip"]
+    ("start", "end"),
+    [(60, 1e6), pytest.param(60, 65, marks=pytest.mark.slow), (60, 61)],
+    ids=["drop", "dip", "short dip"],
 )
 def test_a_change_of_the_learning_rate_is_not_jumped_over(network, start, end):
     schedule = _Rate(0.5, start, end, 0.1)
@@ -261,6 +263,7 @@ def test_from_above_the_edge_it_comes_back(network):
         _predict(0.5, model=edge)
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rates(network):
     rates = jnp.array([0.05, 0.3, 0.5])
     run = lambda rate: _predict(_Rate(rate), 1e-2)
@@ -272,6 +275,7 @@ def test_vmap_over_learning_rates(network):
         np.testing.assert_allclose(batch.loss[i], alone.loss, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_block_grows(network):
     """With room for three eigenvectors the run goes on, with six, where it was."""
     flow = _predict(0.5, 1e-3, flow=cf.CentralFlow(block_size=3))

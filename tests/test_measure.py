@@ -93,6 +93,14 @@ def test_bad_sharpness(change, message):
         cf.sharpness(objective, model, cf.GradientDescent(0.1), **arguments)
 
 
+def test_sharpness_of_a_state_without_a_gradient():
+    objective, model = _problem(jnp.float32)
+    optimizer = cf.RMSProp(0.1, 0.9)
+    state = optimizer.init(objective.flatten(model)[0])
+    with pytest.raises(ValueError, match=r"`optimizer_state`.*no gradient has entered"):
+        cf.sharpness(objective, model, optimizer, state)
+
+
 def _at_the_edge():
     """L(x, y) = sum_i (y_i x_i^2/2 - b_i y_i) with y_i = 2/eta: Sigma_ii = 2 b_i."""
     b = jnp.array([0.02, 0.03])

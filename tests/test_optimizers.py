@@ -140,6 +140,11 @@ def test_bad_learning_rate(value):
         (dict(eps=-1e-8), "eps"),
         (dict(eps=np.inf), "eps"),
         (dict(learning_rate=0.0), "learning_rate"),
+        (dict(learning_rate=1j), "learning_rate"),
+        (dict(beta2=None), "beta2"),
+        (dict(beta2=[0.9]), "beta2"),
+        (dict(eps="small"), "eps"),
+        (dict(eps=1j), "eps"),
     ],
 )
 def test_bad_rmsprop(kind, change, named):

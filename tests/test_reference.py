@@ -97,6 +97,7 @@ def test_against_the_optimizer(gradient_descent):
     assert report.weight_distance < 0.06
 
 
+@pytest.mark.slow
 def test_averages_of_a_run_at_the_edge():
     """E[L], E|g|^2 and the oscillation variances where two to three eigenvalues stay
     critical. A run goes around its averages in slow cycles: they are compared over the

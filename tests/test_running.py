@@ -169,9 +169,50 @@ def test_divergence_of_a_flow_keeps_what_there_was(flow):
     else:
         np.testing.assert_array_equal(prediction.times, [0, 1])
         w = np.tan(1.0)
-        assert abs(prediction.loss[1] + w + w**3 / 3) < 0.02 * (w + w**3 / 3)
+        # rtol = 1e-2, and errors grow as dw/dt = 1 + w^2, by 3.4
+        assert abs(prediction.loss[1] + w + w**3 / 3) < 0.034 * (w + w**3 / 3)
     assert np.all(np.isfinite(prediction.loss))
     assert np.all(np.isfinite(prediction.model))
+
+
+@pytest.mark.parametrize("flow", [cf.CentralFlow(), cf.StableFlow()])
+def test_failure_in_the_first_step_keeps_the_start(flow):
+    # The schedule is fine at each step of the optimizer, but not between them.
+    rate = lambda step: jnp.where(step == jnp.round(step), 0.1, jnp.nan)
+    objective, model = cf.Objective(lambda w: jnp.sum(w**2)), jnp.ones(2)
+    optimizer = cf.GradientDescent(rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing converges there
+        flow = cf.predict(objective, model, optimizer, 5, flow=flow, throw=False)
+    assert flow.result != cf.RESULTS.successful
+    np.testing.assert_array_equal(flow.times, [0])
+    np.testing.assert_array_equal(flow.loss, [2])
+    np.testing.assert_array_equal(flow.weights, [[1, 1]])
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("fn", [cf.train, cf.predict])
+def test_a_schedule_is_checked_from_the_count_of_the_state(fn):
+    optimizer = cf.GradientDescent(lambda step: jnp.where(step > 22, -1.0, 0.1))
+    objective, model = _problem()
+    with pytest.raises(ValueError, match=r"`learning_rate`.* -1\.0 at step 23"):
+        fn(objective, model, optimizer, 3, optimizer_state=jnp.asarray(20.0))
+
+
+class _Counting(cf.AbstractOptimizer):
+    learning_rate: float = 0.1
+
+    def init(self, weights):
+        return jnp.zeros((), int)
+
+    def update_state(self, state, gradient):
+        return state + 1
+
+    def state_rate(self, state, gradient, gradient_sq):
+        return jnp.ones_like(state)
+
+    def preconditioner(self, state):
+        return jnp.asarray(1 / self.learning_rate)
 
 
 def test_warns_if_the_start_is_above_the_edge():
@@ -207,6 +248,8 @@ _bad = [
     (dict(optimizer_state=jnp.zeros(3)), "`optimizer_state`"),
     (dict(optimizer_state=dict(nu=jnp.zeros(()))), "`optimizer_state`"),
     (dict(optimizer_state="x"), "`optimizer_state`"),
+    (dict(optimizer_state=jnp.asarray(0)), r"`optimizer_state`.*int32\[\]"),
+    (dict(optimizer=_Counting()), "`optimizer`.*floating-point.*int32"),
     (dict(metrics={"f": 3}), "`metrics`"),
     (dict(metrics=[lambda m: 0.0]), "`metrics`.*list"),
     (dict(metrics={"f": lambda m: "word"}), "`metrics`.*'f'"),
@@ -228,6 +271,11 @@ _bad_predict = [
     (dict(rtol=-1e-3), "`rtol`"),
     (dict(rtol=1e-3, flow=cf.CentralFlow(1)), "`rtol`.*substeps"),
     (dict(rtol=0.1), "`rtol`.*0.05"),
+    (
+        dict(optimizer=cf.RMSProp(0.1, 0.2), flow=cf.CentralFlow(1)),
+        "`substeps` is 1, .* fewer than 2",
+    ),
+    (dict(solver_state=jnp.zeros(3)), "`solver_state`"),
     (dict(times=[]), "`times`"),
     (dict(times=[[1.0]]), "`times`"),
     (dict(times=[2, 1]), "`times`.*increasing"),

@@ -6,6 +6,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..objective import FlatObjective
@@ -42,7 +43,10 @@ class StableFlow(AbstractFlow):
     def stepsize(
         self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        return diffrax.PIDController(rtol, 1e-3 * rtol, dtmin=1e-5), None
+        controller = diffrax.PIDController(
+            rtol, 1e-3 * rtol, norm=_norm, dtmin=1e-5, force_dtmin=False
+        )
+        return controller, 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         return y, None
@@ -63,9 +67,15 @@ class StableFlow(AbstractFlow):
         )
 
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
-        # Tsit5 has seven stages, the first of which is the last of the step before.
-        # Diffrax evaluates once more to choose the first step size.
+        # Tsit5 has seven stages, the first of which is the last of the step before. One
+        # more report is of the start.
         return Work(gradients=6 * solution.stats["num_steps"] + 2 + reports)
+
+
+def _norm(error: PyTree[Array]) -> Float[Array, ""]:
+    # A step whose error is NaN is too long.
+    norm = jnp.sqrt(jnp.mean(ravel_pytree(error)[0] ** 2))
+    return jnp.where(jnp.isnan(norm), jnp.inf, norm)
 
 
 class _StableField(eqx.Module):
