@@ -1,7 +1,7 @@
 """The figures of these pages.
 
-    python docs/figures.py            those of the page on the idea, a minute or two
-    python docs/figures.py gallery    those of the gallery, from the examples
+python docs/figures.py            those of the page on the idea, a minute or two
+python docs/figures.py gallery    those of the gallery, from the examples
 """
 
 import io
