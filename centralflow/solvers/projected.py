@@ -43,6 +43,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             0 <= X  perpendicular to  C + C' R[Phi[X] - F] >= 0,
 
         a semidefinite complementarity problem;
+
     4. the corrected end y + R[Phi[X] - F], the constraint there, and Phi[X] for the
         next step.
 
