@@ -59,7 +59,7 @@ def predict(
     - `times`: the times to report, increasing, in optimizer steps, within
         [0, `steps`]; by default 0, 1, ..., `steps`.
     - `metrics`: functions h of the model, by name. The central flow reports their
-        predicted time-averages E[h] = h + <hess h, Sigma> / 2.
+        predicted time-averages `E[h] = h + <hess h, Sigma> / 2`.
     - `coordinates`: indices of the flat weights, of `objective.flatten`, at which to
         report the predicted time-average of the squared gradient and the step size 1/P.
     - `weight_times`: times at which to keep the weights, besides 0 and `steps`.

@@ -26,7 +26,7 @@ class StationaryPreconditioner(eqx.Module):
     - `sharpness`: `[2]`, the largest eigenvalues of P^-1 H.
     - `complementarity`: how far Sigma is from acting only where the constraint is
         tight: the P^-1-norm of (H - kappa P) Sigma^1/2 over that of the mean gradients,
-        sqrt(<g * g, P^-1> + <H Sigma H, P^-1>).
+        `sqrt(<g * g, P^-1> + <H Sigma H, P^-1>)`.
     - `violation`: by how much the largest eigenvalue exceeds kappa, over kappa, or 0.
     - `iterations`, `products`: how many there were, of the latter Hessian-vector ones.
     - `converged`: whether the complementarity and the violation are within the
@@ -76,10 +76,12 @@ def stationary_preconditioner(
         F <- P^-1 (H + c P) F / (kappa + c),
 
     a power method whose matrix depends on F. For RMSProp, H >= 0 and c = 0 this is the
-    maximization of a minorant of the dual, <Z, H> + (2 / eta) sum_i |g_i| sqrt(1 -
-    kappa Z_ii) over Z >= 0, in which <Z, H>, convex in F, is linearized: it ascends.
-    Eigenvalues of P^-1 H below -kappa would grow; c is 0.6 times the lowest that F
-    shows, if that is negative.
+    maximization of a minorant of the dual,
+
+        <Z, H> + (2 / eta) sum_i |g_i| sqrt(1 - kappa Z_ii)   over Z >= 0,
+
+    in which `<Z, H>`, convex in F, is linearized: it ascends. Eigenvalues of P^-1 H
+    below -kappa would grow; c is 0.6 times the lowest that F shows, if it is negative.
 
     **Arguments:**
 

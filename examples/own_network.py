@@ -48,13 +48,17 @@ def main(
     optimizer = cf.GradientDescent(learning_rate)
 
     warm = cf.train(objective, model, optimizer, warm_start)
-    start = dict(steps=steps, optimizer_state=warm.optimizer_state)
+    start = dict(
+        steps=steps,
+        optimizer_state=warm.optimizer_state,
+        weight_times=range(0, steps + 1, 4),
+    )
     run = cf.train(
         objective, warm.model, optimizer, **start, sharpness_every=10, sharpness_count=4
     )
     prediction = cf.predict(objective, warm.model, optimizer, **start)
     report = cf.compare(run, prediction)
-    cf.plot.comparison(run, prediction).savefig(output)
+    cf.plot.comparison(run, prediction).savefig(output, dpi=150)
     return report
 
 

@@ -89,10 +89,9 @@ def draw(run, central, stable, raw):
     b.legend(fontsize=8, frameon=False, loc="lower right")
 
     c.plot(central.weight_times, raw, "o-", ms=3, color="#D55E00")
-    c.set(title="raw sharpness $\\lambda(H)$", ylim=(0, None))
+    c.set(title="raw sharpness $\\lambda(H)$ of the flow", ylim=(0, None))
     for axes in (b, c):
         axes.set_xlabel("optimizer step")
-    c.set_ylabel("at the central flow's weights")
     for axes in (a, b, c):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -79,19 +79,17 @@ class _AbstractRMSProp(AbstractOptimizer):
         return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
 
 
-_ARGUMENTS = """
+class RMSProp(_AbstractRMSProp):
+    """RMSProp: nu <- beta2 nu + (1 - beta2) g * g, then w <- w - eta g / (sqrt(nu) +
+    eps). P = diag(sqrt(nu) + eps) / eta.
+
     **Arguments:**
 
     - `learning_rate`: eta, a positive number or a schedule `step -> eta`.
     - `beta2`: the decay of the second moment, in (0, 1).
     - `eps`: added to the root of the second moment, outside of it; not negative.
     - `bias_correction`: divide nu by 1 - beta2^t after t updates.
-"""
-
-
-class RMSProp(_AbstractRMSProp):
-    """RMSProp: nu <- beta2 nu + (1 - beta2) g * g, then w <- w - eta g / (sqrt(nu) +
-    eps). P = diag(sqrt(nu) + eps) / eta."""
+    """
 
     learning_rate: Float[Array, ""] | Schedule
     beta2: Float[Array, ""]
@@ -109,7 +107,15 @@ class RMSProp(_AbstractRMSProp):
 
 class ScalarRMSProp(_AbstractRMSProp):
     """RMSProp with one second moment for all parameters: nu <- beta2 nu + (1 - beta2)
-    |g|^2, then w <- w - eta g / (sqrt(nu) + eps). P = (sqrt(nu) + eps) / eta."""
+    |g|^2, then w <- w - eta g / (sqrt(nu) + eps). P = (sqrt(nu) + eps) / eta.
+
+    **Arguments:**
+
+    - `learning_rate`: eta, a positive number or a schedule `step -> eta`.
+    - `beta2`: the decay of the second moment, in (0, 1).
+    - `eps`: added to the root of the second moment, outside of it; not negative.
+    - `bias_correction`: divide nu by 1 - beta2^t after t updates.
+    """
 
     learning_rate: Float[Array, ""] | Schedule
     beta2: Float[Array, ""]
@@ -123,10 +129,6 @@ class ScalarRMSProp(_AbstractRMSProp):
 
     def moment(self, gradient_sq: Vector) -> Diagonal:
         return jnp.sum(gradient_sq)
-
-
-RMSProp.__doc__ += _ARGUMENTS
-ScalarRMSProp.__doc__ += _ARGUMENTS
 
 
 def _checked_moments(beta2, eps) -> tuple[Float[Array, ""], Float[Array, ""]]:

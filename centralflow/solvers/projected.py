@@ -40,11 +40,12 @@ class ProjectedRKC(diffrax.AbstractSolver):
     2. the expansion at its end: the constraint C, which of its rows may be tight, Phi;
     3. the multiplier X: with R the response of the end to a change of the forcing,
 
-           0 <= X  perpendicular to  C + C' R[Phi[X] - F] >= 0,
+            0 <= X  perpendicular to  C + C' R[Phi[X] - F] >= 0,
 
-       a semidefinite complementarity problem;
+        a semidefinite complementarity problem;
+
     4. the corrected end y + R[Phi[X] - F], the constraint there, and Phi[X] for the
-       next step.
+        next step.
 
     X is the mean of the multiplier over the step, so of second order at its middle; the
     end of the step is of second order too. What the linearization leaves of the
