@@ -1,0 +1,238 @@
+"""The processes of a run, advanced block by block, and what is logged of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ..flows import StableFlow
+from ..measure import second_difference
+from ..objective import FlatObjective
+from ..predict import predict
+from ..results import RESULTS
+from ..train import train
+from ..trajectory import Trajectory
+from .problem import Problem
+from .settings import Settings
+
+Rows = dict[str, np.ndarray]  # series, a row for each of `steps`
+_WORK = (
+    "gradients",
+    "hvps",
+    "third_derivatives",
+    "unconverged",
+    "accepted_steps",
+    "rejected_steps",
+    "seconds",
+    "compile_seconds",
+)
+
+
+class Block(NamedTuple):
+    """What a process did in one block, `steps` counted from its start.
+
+    - `state`: where it goes on from: a PyTree of arrays.
+    - `weights`: `[S, n]`, at the logged steps.
+    - `tables`: series by the name of their table; `""` is that of the logged steps.
+    - `failed`: if it did not reach the end, why.
+    """
+
+    state: PyTree
+    weights: Float[np.ndarray, "S n"]
+    tables: dict[str, Rows]
+    failed: str | None
+
+
+def initial_state(problem: Problem, weights: Array, optimizer_state: PyTree) -> PyTree:
+    """Of all processes that have not advanced."""
+    del problem
+    return dict(weights=weights, optimizer_state=optimizer_state)
+
+
+def logged_steps(settings: Settings, steps: int) -> np.ndarray:
+    """Of a block, the first and the last among them."""
+    return np.union1d(np.arange(0, steps, settings.log_every), [steps])
+
+
+def advance(
+    process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
+) -> dict[str, Block]:
+    """Make a block of `steps` steps: of the discrete run, with its midpoints."""
+    state = jax.tree.map(jnp.asarray, state)
+    if process == "discrete":
+        return _advance_run(problem, settings, state, steps)
+    return {process: _advance_flow(process, problem, settings, state, steps)}
+
+
+def _advance_run(
+    problem: Problem, settings: Settings, state: PyTree, steps: int
+) -> dict[str, Block]:
+    wanted = logged_steps(settings, steps)
+    midpoints = "midpoint" in settings.processes.split(",")
+    kept = wanted
+    if midpoints:
+        kept = np.unique(np.concatenate([wanted - 1, wanted, wanted + 1]))
+        kept = kept[(kept >= 0) & (kept <= steps)]
+    run = train(
+        problem.objective,
+        problem.flat.model(state["weights"]),
+        problem.optimizer,
+        steps,
+        optimizer_state=state["optimizer_state"],
+        sharpness_every=settings.eigenvalues_every if settings.eigenvalues else None,
+        sharpness_count=max(settings.eigenvalues, 1),
+        weight_times=kept.tolist(),
+        progress=False,
+        throw=False,
+    )
+    kept, weights = np.asarray(run.weight_times).astype(int), np.asarray(run.weights)
+    rows = wanted[wanted <= run.times[-1]]
+    at = lambda times: weights[np.searchsorted(kept, times)]
+    last, _ = problem.flat.objective.flatten(run.model)
+    new = dict(weights=last, optimizer_state=run.optimizer_state)
+    end, every = _end(run), _every_step(run)
+    here = at(rows)
+    series = dict(
+        steps=rows,
+        loss=every["loss"][rows],
+        grad_norm_sq=every["grad_norm_sq"][rows],
+        sharpness=np.asarray(run.sharpness)[rows],
+        oscillation=np.asarray(run.oscillation)[rows],
+        **_evaluate(problem.plain, problem.flat, here),
+    )
+    tables = {"": series, "every_step": every, "work": _work(run)}
+    blocks = dict(discrete=Block(new, here, tables, end))
+    if midpoints:
+        # One step more for the midpoint at the end; there is none before the first.
+        after = _next(problem, new)
+        known = rows if end is None else rows[rows < run.times[-1]]
+        before = at(np.maximum(known - 1, 0))
+        here = at(known)
+        ahead = np.stack([after if t == steps else at(t + 1) for t in known])
+        curve = np.asarray(second_difference(before, here, ahead))
+        curve[known == 0] = 0
+        points = here + curve
+        functions = problem.plain | {"": _Slope(problem.flat)}
+        values = _evaluate(functions, problem.flat, points)
+        series = dict(steps=known, sharpness=series["sharpness"][: known.size]) | values
+        blocks["midpoint"] = Block({}, points, {"": series}, None)
+    return blocks
+
+
+def _advance_flow(
+    process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
+) -> Block:
+    central = process == "central"
+    wanted = logged_steps(settings, steps)
+    prediction = predict(
+        problem.objective,
+        problem.flat.model(state["weights"]),
+        problem.optimizer,
+        steps,
+        flow=problem.flow if central else StableFlow(),
+        optimizer_state=state["optimizer_state"],
+        times=wanted.tolist(),
+        metrics=problem.predicted if central else None,
+        weight_times=wanted.tolist(),
+        rtol=settings.rtol if central else None,
+        progress=False,
+        throw=False,
+        **_continuation(state),
+    )
+    weights = np.asarray(prediction.weights)
+    rows = min(len(weights), prediction.times.size)
+    first = lambda x: np.asarray(x)[:rows]
+    names = ("loss", "mean_loss", "grad_norm_sq", "mean_grad_norm_sq")
+    if central:
+        names += ("sharpness", "oscillation", "trace_covariance")
+    weights = first(weights)
+    series = {name: first(getattr(prediction, name)) for name in names}
+    series |= {f"mean_{k}": first(v) for k, v in prediction.metrics.items()}
+    series |= _evaluate(problem.plain, problem.flat, weights)
+    series["steps"] = np.round(first(prediction.times)).astype(int)
+    tables = {"": series, "work": _work(prediction)}
+    return Block(_flow_state(problem, prediction), weights, tables, _end(prediction))
+
+
+# Where a prediction ended, and how to go on from there.
+
+
+def _flow_state(problem: Problem, prediction: Trajectory) -> PyTree:
+    last, _ = problem.flat.objective.flatten(prediction.model)
+    return dict(weights=last, optimizer_state=prediction.optimizer_state)
+
+
+def _continuation(state: PyTree) -> dict[str, Any]:
+    del state
+    return {}  # PENDING: dict(solver_state=...)
+
+
+def state_like(problem: Problem, process: str, settings: Settings) -> PyTree:
+    """A state of the process as shapes, to read a saved one into."""
+
+    def make(weights):
+        state = problem.optimizer.init(weights)
+        return initial_state(problem, weights, state)
+
+    return eqx.filter_eval_shape(make, problem.weights)
+
+
+def _every_step(run: Trajectory) -> Rows:
+    names = ("loss", "grad_norm_sq", "trace_covariance")
+    series = {name: np.asarray(getattr(run, name)) for name in names}
+    return dict(steps=np.asarray(run.times).astype(int), **series)
+
+
+def _work(trajectory: Trajectory) -> Rows:
+    """One row for the block."""
+    work = {name: np.asarray(trajectory.stats[name])[None] for name in _WORK}
+    return dict(steps=np.round(np.asarray(trajectory.times[-1:])).astype(int), **work)
+
+
+def _end(trajectory: Trajectory) -> str | None:
+    successful = trajectory.result == RESULTS.successful
+    return None if successful else RESULTS[trajectory.result]
+
+
+class _Slope(eqx.Module):
+    """Loss and squared gradient norm."""
+
+    flat: FlatObjective
+
+    def __call__(self, model: PyTree) -> Float[Array, "2"]:
+        weights, flat = self.flat.objective.flatten(model)
+        loss, gradient = flat.value_and_grad(weights)
+        return jnp.stack([loss, gradient @ gradient])
+
+
+def _evaluate(
+    functions: dict[str, Callable], flat: FlatObjective, weights: np.ndarray
+) -> Rows:
+    if not len(weights):
+        return {}
+    values = _map(functions, flat, jnp.asarray(weights))
+    values = {name: np.asarray(value) for name, value in values.items()}
+    if "" in values:
+        values["loss"], values["grad_norm_sq"] = values.pop("").T
+    return values
+
+
+@eqx.filter_jit
+def _map(
+    functions: dict[str, Callable], flat: FlatObjective, weights: Float[Array, "S n"]
+) -> dict[str, Array]:
+    return jax.lax.map(lambda w: flat.evaluate(functions, w), weights)
+
+
+@eqx.filter_jit
+def _step(optimizer, flat, weights, state):
+    return optimizer.update(weights, state, flat.grad(weights))[0]
+
+
+def _next(problem: Problem, state: PyTree) -> np.ndarray:
+    args = (problem.optimizer, problem.flat, *state.values())
+    return np.asarray(_step(*args))
