@@ -91,7 +91,7 @@ def _advance_run(
     )
     kept, weights = np.asarray(run.weight_times).astype(int), np.asarray(run.weights)
     rows = wanted[wanted <= run.times[-1]]
-    at = lambda times: weights[np.searchsorted(kept, times)]
+    at = lambda times: weights[np.minimum(np.searchsorted(kept, times), len(kept) - 1)]
     last, _ = problem.flat.objective.flatten(run.model)
     new = dict(weights=last, optimizer_state=run.optimizer_state)
     end, every = _end(run), _every_step(run)
@@ -107,18 +107,21 @@ def _advance_run(
     tables = {"": series, "every_step": every, "work": _work(run)}
     blocks = dict(discrete=Block(new, here, tables, end))
     if midpoints:
-        # One step more for the midpoint at the end; there is none before the first.
-        after = _next(problem, new)
-        known = rows if end is None else rows[rows < run.times[-1]]
-        before = at(np.maximum(known - 1, 0))
-        here = at(known)
-        ahead = np.stack([after if t == steps else at(t + 1) for t in known])
-        curve = np.asarray(second_difference(before, here, ahead))
-        curve[known == 0] = 0
+        # The midpoint at the end takes one step more. At the first step, and where the
+        # run breaks off, there is none: the iterate stands for it.
+        kept, weights = (
+            np.append(kept, steps + 1),
+            np.vstack([weights, _next(problem, new)]),
+        )
+        around = (at(np.maximum(rows - 1, 0)), here, at(rows + 1))
+        curve = np.array(second_difference(*map(jnp.asarray, around)))
+        curve[rows == 0] = 0
+        if end is not None:
+            curve[-1] = 0
         points = here + curve
         functions = problem.plain | {"": _Slope(problem.flat)}
         values = _evaluate(functions, problem.flat, points)
-        series = dict(steps=known, sharpness=series["sharpness"][: known.size]) | values
+        series = dict(steps=rows, sharpness=series["sharpness"]) | values
         blocks["midpoint"] = Block({}, points, {"": series}, None)
     return blocks
 
@@ -212,8 +215,6 @@ class _Slope(eqx.Module):
 def _evaluate(
     functions: dict[str, Callable], flat: FlatObjective, weights: np.ndarray
 ) -> Rows:
-    if not len(weights):
-        return {}
     values = _map(functions, flat, jnp.asarray(weights))
     values = {name: np.asarray(value) for name, value in values.items()}
     if "" in values:

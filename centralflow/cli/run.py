@@ -28,7 +28,7 @@ _PACKAGES = ("centralflow", "jax", "jaxlib", "equinox", "diffrax", "numpy", "h5p
 
 @with_options
 def run(
-    context: typer.Context,
+    given: set[str],
     output: Annotated[
         Path, typer.Option(file_okay=False, help="The folder for the results.")
     ],
@@ -60,7 +60,9 @@ def run(
     if resume:
         if overwrite:
             raise wrong("overwrite", "it excludes --resume.")
-        chosen = _saved_settings(context, output, settings)
+        chosen = _saved_settings(
+            output, {k: v for k, v in settings.items() if k in given}
+        )
     else:
         chosen = complete(Settings(**settings))
         if store.exists(output) and not overwrite:
@@ -71,9 +73,7 @@ def run(
         _run(output, chosen, resume, progress)
 
 
-def _saved_settings(
-    context: typer.Context, folder: Path, given: dict[str, Any]
-) -> Settings:
+def _saved_settings(folder: Path, given: dict[str, Any]) -> Settings:
     """Those of the run in the folder, once what is given again agrees with them."""
     with blame("resume"):
         config = store.read_config(folder)
@@ -83,11 +83,9 @@ def _saved_settings(
     except (KeyError, TypeError, ValueError) as error:
         raise wrong("resume", f"{folder / store.CONFIG} is damaged: {error}") from error
     for name, value in given.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            kept = getattr(saved, name)
-            if value != kept:
-                raise wrong(name, f"the run to resume has {kept}, not {value}.")
+        kept = getattr(saved, name)
+        if value != kept:
+            raise wrong(name, f"the run to resume has {kept}, not {value}.")
     if before != _versions():
         typer.echo("warning: other versions of packages than at the start.", err=True)
     return saved

@@ -141,7 +141,9 @@ class Settings:
         _option("Where the cosine ends, over the largest rate.", 0.0, min=0, max=1),
     ] = None
     beta2: Annotated[_Real, _option("Decay of RMSProp's second moment.", 0.99)] = None
-    eps: Annotated[_Real, _option("Of RMSProp's denominator.", 1e-8)] = None
+    eps: Annotated[
+        _Real, _option("Added to the root in RMSProp's denominator.", 1e-8)
+    ] = None
     bias_correction: Annotated[
         bool | None,
         _option(
@@ -178,18 +180,28 @@ class Settings:
         Path | None, _option("The file of text to test on.", resolve_path=True)
     ] = None
     classes: Annotated[
-        _Count, _option("Of cifar10 (the first), text, random.", "10, 2, 10", min=2)
+        _Count, _option("Of cifar10 (the first), text, random.", "10; text 2", min=2)
     ] = None
     length: Annotated[
         _Count,
-        _option("Of sentences; of what is sorted or copied.", "64, 8, 8", min=1),
+        _option("Words of a sentence; symbols to sort or copy.", "8; text 64", min=1),
     ] = None
     vocabulary: Annotated[
-        _Count, _option("Tokens of text; symbols of a task.", "10000, 8, 8", min=2)
+        _Count,
+        _option(
+            "Different tokens of text, or symbols to sort or copy.",
+            "8; text 10000",
+            min=2,
+        ),
     ] = None
     features: Annotated[_Count, _option("Inputs of random data.", 10, min=1)] = None
     noise: Annotated[
-        _Real, _option("Of the points' coordinates.", "0.1, 0.05", min=0)
+        _Real,
+        _option(
+            "Standard deviation, of the points' coordinates.",
+            "moons 0.1, circles 0.05",
+            min=0,
+        ),
     ] = None
     microbatch_size: Annotated[
         _Count,
@@ -209,22 +221,37 @@ class Settings:
         ),
     ] = ModelName.mlp
     width: Annotated[
-        _Count, _option("Of the layers, all but cnn and resnet.", "64, 32", min=1)
+        _Count, _option("Of the layers; not of cnn and resnet.", "32; mlp 64", min=1)
     ] = None
     widths: Annotated[
         str | None,
-        _option("Channels of cnn and resnet.", "16,32", callback=_integers),
+        _option(
+            "Channels of the layers of cnn and of the stages of resnet.",
+            "16,32",
+            callback=_integers,
+        ),
     ] = None
     depth: Annotated[
-        _Count, _option("Layers or blocks, all but cnn.", "2, 1 (resnet, lstm)", min=1)
+        _Count, _option("Layers or blocks; not of cnn.", "2; resnet and lstm 1", min=1)
     ] = None
-    groups: Annotated[_Count, _option("Of resnet's normalization.", 4, min=1)] = None
-    heads: Annotated[_Count, _option("Of vit and transformer.", 4, min=1)] = None
-    patch_size: Annotated[_Count, _option("Of vit, in pixels.", 4, min=1)] = None
-    state_size: Annotated[_Count, _option("Of mamba's channels.", 16, min=1)] = None
-    kernel_size: Annotated[_Count, _option("Of mamba, in steps.", 4, min=1)] = None
+    groups: Annotated[
+        _Count, _option("Groups of resnet's normalization.", 4, min=1)
+    ] = None
+    heads: Annotated[
+        _Count, _option("Heads of the attention of vit and transformer.", 4, min=1)
+    ] = None
+    patch_size: Annotated[
+        _Count, _option("Height and width of vit's patches, in pixels.", 4, min=1)
+    ] = None
+    state_size: Annotated[
+        _Count, _option("States of each of mamba's channels.", 16, min=1)
+    ] = None
+    kernel_size: Annotated[
+        _Count, _option("Length of mamba's convolution.", 4, min=1)
+    ] = None
     last_scale: Annotated[
-        _Real, _option("Of the last layer's weights, all but mlp.", 1.0, min=0)
+        _Real,
+        _option("Multiplies the last layer's initial weights; not of mlp.", 1.0, min=0),
     ] = None
 
     substeps: Annotated[
@@ -247,7 +274,12 @@ class Settings:
         _option("Steps from one measurement to the next.", "--log-every", min=1),
     ] = None
     log_every: Annotated[
-        int, _option("Steps from one logged step to the next.", min=1)
+        int,
+        _option(
+            "Steps from one logged step to the next. The weights at all of them "
+            "between two checkpoints are in memory.",
+            min=1,
+        ),
     ] = 10
     checkpoint_every: Annotated[
         _Count,
@@ -357,17 +389,26 @@ def from_json(values: dict[str, Any]) -> Settings:
 
 
 def with_options(command: Callable) -> Callable:
-    """Give a function of `(..., **settings)` the fields of `Settings` as parameters."""
-    own = list(inspect.signature(command).parameters.values())[:-1]
-    options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=field.type,
-        )
-        for field in dataclasses.fields(Settings)
+    """A command of `(given, ..., **settings)` with the fields of `Settings` as options,
+    where `given` are the names of the parameters that the user gave."""
+
+    def call(context, **values):
+        source = context.get_parameter_source
+        given = {k for k in values if getattr(source(k), "name", "") == "COMMANDLINE"}
+        return command(given, **values)
+
+    _, *own, _ = inspect.signature(command).parameters.values()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", keyword, annotation=typer.Context),
+        *(parameter.replace(kind=keyword) for parameter in own),
+        *(
+            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(Settings)
+        ),
     ]
-    command.__signature__ = inspect.Signature([*own, *options])
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-    return command
+    options = lambda **values: call(**values)  # without annotations of its own
+    options.__name__, options.__doc__ = command.__name__, command.__doc__
+    options.__signature__ = inspect.Signature(parameters)
+    options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return options

@@ -69,10 +69,8 @@ def trajectories(log: Log) -> dict[str, Trajectory]:
 def _trajectory(log: Log, name: str) -> Trajectory:
     table, apart = log.tables[name], log.tables["distances"]
     steps = table["steps"]
-    series = {
-        k: table.get(k, np.full((steps.size, 1), np.nan))
-        for k in ("sharpness", "oscillation")
-    }
+    unknown = np.full_like(table.get("sharpness", steps[:, None] * 1.0), np.nan)
+    series = {key: table.get(key, unknown) for key in ("sharpness", "oscillation")}
     series["trace_covariance"] = table.get("trace_covariance")
     for key in ("loss", "grad_norm_sq"):
         series[key] = table[key]
