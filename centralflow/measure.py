@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .eigen import top_eigenpairs
-from .objective import FlatObjective, Objective
+from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer, Diagonal
 from .running import check_start
 
@@ -97,8 +97,7 @@ def sharpness(
         model of other weights `w [n]`, such as [`centralflow.midpoints`][], is
         `flat.model(w)`.
     - `optimizer_state`: the state that makes the step, into which the gradient of that
-        step has entered: `optimizer.update_state(state, gradient)`, or the
-        `optimizer_state` of a prediction.
+        step has entered: `optimizer.update_state(run.optimizer_state, gradient)`.
     - `count`: how many eigenvalues.
     - `tolerance`: the residual norm of each eigenpair over the largest eigenvalue. The
         error of an eigenvalue is of second order in it.
@@ -119,6 +118,13 @@ def sharpness(
     if count > weights.size:
         raise ValueError(
             f"`count` is {count}, but `model` has {weights.size} parameters."
+        )
+    P = optimizer.preconditioner(state)
+    if not is_traced(P) and not bool(jnp.all((P > 0) & jnp.isfinite(P))):
+        raise ValueError(
+            "`optimizer_state` gives a preconditioner that is not positive and finite. "
+            "If no gradient has entered it yet, let it take in the one of its step, "
+            "`optimizer.update_state(state, gradient)`."
         )
     start = jnp.zeros((min(count + GUARDS, weights.size), weights.size), weights.dtype)
     return _sharpness(flat, weights, optimizer, state, start, int(count), tolerance)

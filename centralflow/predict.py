@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .flows import AbstractFlow, CentralFlow, FlowState
-from .flows.base import Work
+from .flows.base import FlowSolverState, Work
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .results import RESULTS
@@ -36,6 +36,7 @@ def predict(
     *,
     flow: AbstractFlow | None = None,
     optimizer_state: PyTree = None,
+    solver_state: FlowSolverState | None = None,
     times: Iterable[Any] | None = None,
     metrics: dict[str, Callable] | None = None,
     coordinates: Iterable[Any] | None = None,
@@ -52,6 +53,9 @@ def predict(
         [`centralflow.train`][].
     - `flow`: what to integrate: [`centralflow.CentralFlow`][], the default, or
         [`centralflow.StableFlow`][].
+    - `solver_state`: that of an earlier prediction with the same objective, optimizer
+        and flow, to go on from where it ended instead of from `model` and
+        `optimizer_state`. Times and `steps` are counted from there.
     - `times`: the times to report, increasing, in optimizer steps, within
         [0, `steps`]; by default 0, 1, ..., `steps`.
     - `metrics`: functions h of the model, by name. The central flow reports their
@@ -99,19 +103,25 @@ def predict(
     clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
     rtol = flow.tolerance(rtol)
     rtol = None if rtol is None else as_times(rtol)
-    y, solver_state, parts, reached = None, None, [], -1.0
+    previous, parts, reached = solver_state, [], -1.0
+    if previous is not None:
+        _check_solver_state(previous, weights, optimizer_state)
+        flow = flow.large_enough(previous.solver)
     while True:
         problem = _Problem(flow, flat, optimizer, metrics, coordinates, rtol)
-        if not parts:
+        if previous is None:
             y = clock(_first, problem, weights, optimizer_state)
-        y, solver_state = clock(_start, problem, y, solver_state)
-        if not parts and not traced:
-            _warn_if_unstable(y, optimizer)
+            if not traced:
+                flow.check(optimizer, y)
+            state = clock(_start, problem, y, None)
+            if not traced:
+                _warn_if_unstable(state.y, optimizer)
+        else:
+            state = clock(_start, problem, previous.y, previous.solver)
         part = clock(
             _integrate,
             problem,
-            y,
-            solver_state,
+            state,
             as_times(max(reached, 0.0)),
             as_times(steps),
             # The end is always among the times, so that there is one.
@@ -120,7 +130,7 @@ def predict(
             meter,
         )
         parts.append(part)
-        y, solver_state = part.y, part.solver_state
+        previous = part.state
         if traced or part.result != RESULTS.block_full:
             break
         # More eigenvalues became critical than the block can hold: go on with a larger
@@ -146,14 +156,15 @@ def predict(
         metrics=series["metrics"],
         weight_times=snapshots["t"],
         weights=snapshots["weights"],
-        model=flat.model(y.weights),
-        optimizer_state=y.optimizer_state,
+        model=flat.model(previous.y.weights),
+        optimizer_state=parts[-1].optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
         result=result,
         coordinates=coordinates,
         gradient_sq=series.get("gradient_sq"),
         step_sizes=series.get("step_sizes"),
         trace_covariance=series.get("trace_covariance"),
+        solver_state=previous,
         stats=dict(
             gradients=_whole(work.gradients) + 1,  # for the optimizer's initial state
             hvps=_whole(work.hvps),
@@ -188,8 +199,8 @@ class _Part(eqx.Module):
 
     series: dict[str, PyTree[Array]]
     snapshots: dict[str, Array]
-    y: FlowState
-    solver_state: Any
+    state: FlowSolverState
+    optimizer_state: PyTree[Array]  # before the gradient at the end
     time: Float[Array, ""]
     result: RESULTS
     work: Work
@@ -206,15 +217,14 @@ def _first(problem: _Problem, weights: Array, optimizer_state: PyTree) -> FlowSt
 
 
 @eqx.filter_jit
-def _start(problem: _Problem, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
-    return problem.flow.start(problem.term(), y, previous)
+def _start(problem: _Problem, y: FlowState, previous: Any) -> FlowSolverState:
+    return FlowSolverState(*problem.flow.start(problem.term(), y, previous))
 
 
 @eqx.filter_jit
 def _integrate(
     problem: _Problem,
-    y: FlowState,
-    solver_state: Any,
+    state: FlowSolverState,
     t0: Array,
     t1: Array,
     times: Float[Array, " T"],
@@ -223,6 +233,9 @@ def _integrate(
 ) -> _Part:
     flow, term = problem.flow, problem.term()
     controller, dt0 = flow.stepsize(problem.rtol)
+    # What the discrete optimizer has before it takes in its gradient at t1, the flow
+    # has at t1 - 1.
+    before = jnp.maximum(t1 - 1, t0)[None]
     observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
     solution = diffrax.diffeqsolve(
         term,
@@ -230,13 +243,16 @@ def _integrate(
         t0,
         t1,
         dt0,
-        y,
-        solver_state=solver_state,
+        state.y,
+        solver_state=state.solver,
         saveat=diffrax.SaveAt(
             subs=dict(
                 series=diffrax.SubSaveAt(ts=times, fn=observe),
                 snapshots=diffrax.SubSaveAt(
                     ts=kept, fn=lambda t, y, args: dict(t=t, weights=y.weights)
+                ),
+                before=diffrax.SubSaveAt(
+                    ts=before, fn=lambda t, y, args: y.optimizer_state
                 ),
                 end=diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: (t, y)),
             ),
@@ -251,6 +267,11 @@ def _integrate(
         progress_meter=meter,
     )
     time, y = jax.tree.map(lambda x: x[0], solution.ys["end"])
+    optimizer_state = jax.tree.map(
+        lambda before, end: jnp.where(time >= t1, before[0], end),
+        solution.ys["before"],
+        y.optimizer_state,
+    )
     result = RESULTS.promote(solution.result)
     for code, meaning in (
         (RESULTS.event_occurred, RESULTS.block_full),
@@ -267,11 +288,11 @@ def _integrate(
     return _Part(
         series=solution.ys["series"],
         snapshots=solution.ys["snapshots"],
-        y=y,
-        solver_state=solution.solver_state,
+        state=FlowSolverState(y, solution.solver_state),
+        optimizer_state=optimizer_state,
         time=time,
         result=result,
-        work=flow.work(solver_state, solution, times.size),
+        work=flow.work(state.solver, solution, times.size),
         accepted=solution.stats["num_accepted_steps"],
         rejected=solution.stats["num_rejected_steps"],
     )
@@ -307,6 +328,26 @@ def _leading(tree: dict[str, Any], good: np.ndarray) -> dict[str, Any]:
 
 def _pad(x: Float[Array, "T k"], width: int, value: float) -> Float[Array, "T K"]:
     return jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=value)
+
+
+def _check_solver_state(
+    solver_state: Any, weights: Array, optimizer_state: PyTree
+) -> None:
+    if not isinstance(solver_state, FlowSolverState):
+        raise ValueError(
+            "`solver_state` must be that of an earlier prediction, got "
+            f"{type(solver_state).__name__}."
+        )
+    y, shapes = solver_state.y, lambda *x: jax.tree.map(lambda x: (x.shape, x.dtype), x)
+    found, wanted = (
+        shapes(y.weights, y.optimizer_state),
+        shapes(weights, optimizer_state),
+    )
+    if found != wanted:
+        raise ValueError(
+            "`solver_state` does not belong to this model and optimizer: it has "
+            f"weights and optimizer state of shapes {found}, not {wanted}."
+        )
 
 
 def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:

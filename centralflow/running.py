@@ -48,16 +48,25 @@ def check_start(
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"`loss_fn` must return a real number, got {loss.dtype}.")
-    check_schedule(optimizer.learning_rate, int(steps))
     like = eqx.filter_eval_shape(optimizer.init, weights)
+    for x in jax.tree.leaves(like):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                "`optimizer` must have a state of floating-point arrays, counts among "
+                f"them, for a flow changes all of it continuously; its `init` returned "
+                f"one of {x.dtype}."
+            )
     if optimizer_state is None:
         optimizer_state = optimizer.init(weights)
-    elif _shapes(optimizer_state) != _shapes(like):
+    elif _arrays(optimizer_state) != _arrays(like):
         raise ValueError(
             f"`optimizer_state` does not belong to this optimizer and model: it has "
-            f"the arrays {_shapes(optimizer_state)}, not {_shapes(like)}."
+            f"the arrays {_arrays(optimizer_state)}, not {_arrays(like)}."
         )
-    if not is_traced((objective, weights, optimizer, optimizer_state)):
+    traced = is_traced((objective, weights, optimizer, optimizer_state))
+    first = 0 if traced else optimizer.updates(optimizer_state)
+    check_schedule(optimizer.learning_rate, first, int(steps))
+    if not traced:
         _check_values(*_probe(flat, weights, optimizer, optimizer_state))
     return flat, weights, optimizer_state
 
@@ -232,5 +241,6 @@ def _probe(
     return loss, gradient, optimizer.preconditioner(state)
 
 
-def _shapes(tree: PyTree) -> Any:
-    return jax.tree.map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree)
+def _arrays(tree: PyTree) -> Any:
+    describe = lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+    return jax.tree.map(describe, tree)

@@ -63,19 +63,23 @@ def stationary_preconditioner(
 
         tr(P) + eta^-2 <g * g, P^-1>   subject to   H <= kappa P
 
-    (with eps = 0), whose multiplier is Z = (kappa / eta^2) Sigma. For Scalar RMSProp
-    sqrt(nu) + eps = max(|g| + eps, eta lambda_max(H) / kappa). Any optimizer whose
-    state relaxes has one; the learning rate is that of `optimizer_state`.
+    (with eps = 0), whose multiplier is Z = (kappa / eta^2) Sigma. Where P is a number,
+    it is P = max(P(g * g), lambda_max(H) / kappa): for Scalar RMSProp sqrt(nu) + eps =
+    max(|g| + eps, eta lambda_max(H) / kappa). Any optimizer whose state relaxes has
+    one; the learning rate is that of `optimizer_state`.
 
     The method needs products with H only. With Sigma = F F', F of `rank` columns, the
     equations say that P is that of the state stationary for the second moments g * g +
-    rowsums (H F)^2, and that H F = kappa P F. They are iterated as they stand,
+    rowsums (H F)^2, and that H F = kappa P F. They are iterated as they stand, but for
+    a shift c,
 
-        F <- P^-1 H F / kappa,
+        F <- P^-1 (H + c P) F / (kappa + c),
 
-    a power method whose matrix depends on F. For RMSProp and H >= 0 this is the
+    a power method whose matrix depends on F. For RMSProp, H >= 0 and c = 0 this is the
     maximization of a minorant of the dual, <Z, H> + (2 / eta) sum_i |g_i| sqrt(1 -
     kappa Z_ii) over Z >= 0, in which <Z, H>, convex in F, is linearized: it ascends.
+    Eigenvalues of P^-1 H below -kappa would grow; c is 0.6 times the lowest that F
+    shows, if that is negative.
 
     **Arguments:**
 
@@ -125,6 +129,7 @@ def stationary_preconditioner(
 class _Iterate(eqx.Module):
     factors: Float[Array, "r n"]
     state: PyTree[Array]
+    shift: Float[Array, ""]
     residual: Float[Array, ""]
     iterations: Int[Array, ""]
 
@@ -148,9 +153,12 @@ def _solve(
         moments = gradient**2 + jnp.sum(HF**2, axis=0)
         new = optimizer.stationary_state(previous.state, gradient, moments)
         P = optimizer.preconditioner(new)
+        # P changes, and the largest it has been may be far too large.
+        shift = jnp.maximum(0.9 * previous.shift, -0.6 * _lowest(F, HF, P * F))
         return _Iterate(
-            HF / (kappa * P),
+            (HF / P + shift * F) / (kappa + shift),
             new,
+            shift,
             _residual(HF, kappa * P * F, gradient, P),
             previous.iterations + 1,
         )
@@ -159,7 +167,8 @@ def _solve(
     state = optimizer.update_state(state, gradient)
     scale = optimizer.preconditioner(state)
     F = jr.normal(jr.key(0), (rank, w.size), w.dtype) / scale
-    init = _Iterate(F, state, jnp.asarray(jnp.inf, w.dtype), jnp.int32(0))
+    zero = jnp.zeros((), w.dtype)
+    init = _Iterate(F, state, zero, zero + jnp.inf, jnp.int32(0))
     # It converges to more than the tolerance at little cost, and P is of second order.
     last = jax.lax.while_loop(
         lambda x: (x.residual > 0.1 * tolerance) & (x.iterations < max_iterations),
@@ -186,6 +195,18 @@ def _solve(
         & (violation <= tolerance)
         & top.converged,
     )
+
+
+@full_precision
+def _lowest(
+    F: Float[Array, "r n"], HF: Float[Array, "r n"], PF: Float[Array, "r n"]
+) -> Float[Array, ""]:
+    """The lowest eigenvalue of P^-1 H in the space of the rows of F, or zero."""
+    g, Q = jnp.linalg.eigh(F @ PF.T)
+    known = g > 1e3 * jnp.finfo(g.dtype).eps * g[-1]
+    W = jnp.where(known, Q / jnp.sqrt(jnp.where(known, g, 1)), 0)
+    H = W.T @ (F @ HF.T) @ W
+    return jnp.minimum(jnp.linalg.eigvalsh((H + H.T) / 2)[0], 0)
 
 
 @full_precision

@@ -49,8 +49,8 @@ class Trajectory(eqx.Module):
     - `metrics`: user-defined series, each `[T, ...]`.
     - `weight_times`, `weights`: `[S]` and `[S, n]`, the flattened weights at a few
         times, the first and the last among them.
-    - `model`, `optimizer_state`: at the end. The state of a flow has already taken in
-        the gradient at the end, that of a discrete run has not.
+    - `model`, `optimizer_state`: at the end, before the gradient there is taken in:
+        what is needed to go on with `train` or `predict`.
     - `critical_sharpness`: where the optimizer's sharpness is pinned.
     - `result`: how the run ended, one of [`centralflow.RESULTS`][].
     - `stats`: `gradients`, `hvps`, `third_derivatives`, each a number of evaluations on
@@ -65,6 +65,8 @@ class Trajectory(eqx.Module):
         Sigma, in the Euclidean inner product. Of a discrete run, the squared distance
         of the iterate from the second-order midpoint, whose time-average it is; NaN at
         the first step. Each of these four is `None` in trajectories that lack it.
+    - `solver_state`: of a flow, what `predict` needs to go on as if it had not
+        stopped. It is not saved.
     """
 
     times: Float[Array, " T"]
@@ -86,6 +88,7 @@ class Trajectory(eqx.Module):
     gradient_sq: Float[Array, "T C"] | None = None
     step_sizes: Float[Array, "T C"] | None = None
     trace_covariance: Float[Array, " T"] | None = None
+    solver_state: Any = None
 
     @property
     def gradient_equivalents(self) -> Any:

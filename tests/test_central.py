@@ -240,6 +240,8 @@ def test_block_grows():
     )
     assert np.max(np.sum(large.oscillation > 0, axis=1)) >= 2
     assert small.sharpness.shape[1] == 6
+    again = cf.CentralFlow(4, block_size=3).large_enough(small.solver_state.solver)
+    assert again.block_size == 6
     # The work adds up over the change of block: a gradient a substep, one to start, one
     # for the optimizer's state, and one to start again.
     assert large.stats["gradients"] == 4 * 150 + 2
@@ -247,6 +249,33 @@ def test_block_grows():
     np.testing.assert_array_equal(small.times, large.times)
     # the eigensolver's tolerance, 1e-2 in the residual, is 1e-4 in the eigenvalue
     np.testing.assert_allclose(small.loss, large.loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("substeps", [2, None])
+def test_in_pieces_it_is_the_same_flow(substeps):
+    """At the edge from t = 40 on."""
+    objective, model = _near_the_edge(jnp.float32)
+    flow = cf.CentralFlow(substeps)
+    predict = lambda steps, **options: cf.predict(
+        objective, model, cf.GradientDescent(0.5), steps, flow=flow,
+        times=np.linspace(0, steps, 129), **options,
+    )  # fmt: skip
+    whole, half = predict(128), predict(64)
+    assert half.oscillation[-1, 0] > 0
+    rest = predict(64, solver_state=half.solver_state)
+    np.testing.assert_array_equal(rest.weights[0], half.weights[-1])
+    # The state is that of a run: so many updates before the gradient at the end.
+    for flow, steps in ((half, 64), (rest, 128), (whole, 128)):
+        np.testing.assert_allclose(flow.optimizer_state, steps, rtol=1e-6)
+    # Fixed steps are the same steps, but for rounding; others have rtol = 1e-2.
+    error = 1e-5 if substeps else 1e-2
+    loss, oscillation = whole.loss[64:], np.sum(whole.oscillation[64:], axis=1)
+    np.testing.assert_allclose(rest.loss[::2], loss, rtol=error)
+    np.testing.assert_allclose(
+        np.sum(rest.oscillation[::2], axis=1),
+        oscillation,
+        atol=5 * error * np.max(oscillation),
+    )
 
 
 def test_a_hidden_eigenvalue_is_found():

@@ -132,7 +132,8 @@ def test_second_moments_add_up(kind, flow):
     for series in (warm, flow):
         total = np.sum(series.gradient_sq, axis=1)
         np.testing.assert_allclose(total, series.mean_grad_norm_sq, rtol=1e-9)
-    P = np.broadcast_to(optimizer.preconditioner(flow.optimizer_state), w.shape)
+    end = flow.solver_state.y
+    P = np.broadcast_to(optimizer.preconditioner(end.optimizer_state), w.shape)
     np.testing.assert_allclose(flow.step_sizes[-1], 1 / P, rtol=1e-9)
     assert warm.gradient_sq.shape == (21, w.size)
 

@@ -22,6 +22,14 @@ class FlowState(eqx.Module):
     observables: dict[str, Any]
 
 
+class FlowSolverState(eqx.Module):
+    """All that is needed to go on with an integration: the state of the flow, and that
+    of its solver."""
+
+    y: FlowState
+    solver: Any
+
+
 class Work(eqx.Module):
     """How often the derivatives were evaluated on the full data set, how often an inner
     solver did not converge, and the largest residual norm of an eigenpair over the
@@ -104,6 +112,13 @@ class AbstractFlow(eqx.Module):
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
         """The work of an integration from the solver state `start` and of finding that
         state, rejected steps and `reports` reported times included."""
+
+    def check(self, optimizer: AbstractOptimizer, y: FlowState) -> None:
+        """Raise `ValueError` if the steps are too long for the optimizer."""
+
+    def large_enough(self, solver_state: Any) -> "AbstractFlow":
+        """The flow, enlarged as it was when it had this solver state."""
+        return self
 
     def event(self) -> diffrax.Event | None:
         """Stops the integration where the flow must be enlarged."""

@@ -1,6 +1,7 @@
 """The central flow: the time-averaged trajectory at the edge of stability."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..solvers import ForesightController, Moreau, ProjectedRKC
 from .base import AbstractFlow, FlowState, Work
 from .central_term import GUARDS, CentralTerm
 from .dense import StepInterpolation
+from .response import state_decay
 
 # Fixed steps: an eigenvalue is taken for one that may become critical within a step
 # unless it would have to rise by more than this share of the critical sharpness per
@@ -203,6 +205,30 @@ class CentralFlow(AbstractFlow):
             return critical + GUARDS > self.block_size
 
         return diffrax.Event(crowded)
+
+    def check(self, optimizer: AbstractOptimizer, y: FlowState) -> None:
+        if self.substeps is None:
+            return
+        # Euler steps of length h of ds/dt = -s / tau grow where h > 2 tau.
+        rates = [jnp.max(-d) for d in jax.tree.leaves(state_decay(optimizer, y))]
+        fewest = float(jnp.max(jnp.stack(rates))) / 2 if rates else 0.0
+        if self.substeps < fewest:
+            raise ValueError(
+                f"`substeps` is {int(self.substeps)}, but the state of this optimizer "
+                "relaxes so fast that fixed steps of the flow are unstable with fewer "
+                f"than {math.ceil(fewest)} per optimizer step: set more, or leave "
+                "`substeps` out for adaptive steps."
+            )
+
+    def large_enough(self, solver_state: Any) -> "CentralFlow":
+        if not isinstance(solver_state, self.solver().state_type):
+            raise ValueError(
+                "`solver_state` is that of another flow, or of another kind of steps."
+            )
+        flow = self
+        while flow.block_size < solver_state.expansion.eigenvectors.shape[0]:
+            flow = flow.enlarge()
+        return flow
 
     def enlarge(self) -> "CentralFlow":
         return CentralFlow(

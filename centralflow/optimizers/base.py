@@ -82,6 +82,11 @@ class AbstractOptimizer(eqx.Module):
         relax = lambda s, r, d: jnp.where(d < 0, s - r / jnp.where(d < 0, d, 1), s)
         return jax.tree.map(relax, state, value, slope)
 
+    def updates(self, state: PyTree[Array]) -> Float[Array, ""]:
+        """How many gradients have entered the state: with a schedule, the step that it
+        is at."""
+        return jnp.zeros(())
+
     def velocity(
         self, weights: Vector, state: PyTree[Array], gradient: Vector
     ) -> Vector:
@@ -115,31 +120,40 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     """`learning_rate` as an array or a schedule, once it makes sense."""
     if callable(learning_rate):
         return learning_rate
-    try:
-        if isinstance(learning_rate, str | bytes | bool):
-            raise TypeError("not a number")
-        value = jnp.asarray(learning_rate, jnp.result_type(float))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`learning_rate` must be a number or a schedule `step -> rate`, got "
-            f"{learning_rate!r}."
-        ) from error
-    if value.shape != ():
-        raise ValueError(
-            f"`learning_rate` must be a scalar, got an array of shape {value.shape}."
-        )
+    value = checked_number(
+        "learning_rate", learning_rate, "a number or a schedule `step -> rate`"
+    )
     if not is_traced(value) and not 0 < float(value) < float("inf"):
         raise ValueError(f"`learning_rate` must be positive and finite, got {value}.")
     return value
 
 
+def checked_number(
+    name: str, value: Any, expected: str = "a number"
+) -> Float[Array, ""]:
+    """`value` as an array, once it is a real number."""
+    message = f"`{name}` must be {expected}, got {value!r}."
+    try:
+        if isinstance(value, str | bytes | bool) or jnp.iscomplexobj(value):
+            raise TypeError(message)
+        number = jnp.asarray(value, jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(message) from error
+    if number.shape != ():
+        raise ValueError(
+            f"`{name}` must be a scalar, got an array of shape {number.shape}."
+        )
+    return number
+
+
 def check_schedule(
-    learning_rate: float | Float[Array, ""] | Schedule, steps: int
+    learning_rate: float | Float[Array, ""] | Schedule, first: Any, steps: int
 ) -> None:
-    """Raise if a schedule is negative or not finite somewhere in `steps` steps."""
+    """Raise if a schedule is negative or not finite somewhere in the `steps` steps
+    after the `first` ones."""
     if not callable(learning_rate):
         return
-    times = jnp.arange(steps + 1, dtype=jnp.result_type(float))
+    times = first + jnp.arange(steps + 1, dtype=jnp.result_type(float))
     rates = jax.jit(lambda t: jax.lax.map(lambda t: _as_scalar(learning_rate(t)), t))(
         times
     )
@@ -149,7 +163,7 @@ def check_schedule(
     if bad.size:
         raise ValueError(
             "`learning_rate` must be finite and not negative; the schedule returned "
-            f"{float(rates[bad[0]])} at step {bad[0]}."
+            f"{float(rates[bad[0]])} at step {float(times[bad[0]]):g}."
         )
 
 

@@ -41,5 +41,8 @@ class GradientDescent(AbstractOptimizer):
     ) -> Float[Array, ""]:
         return jnp.ones_like(state)
 
+    def updates(self, state: Float[Array, ""]) -> Float[Array, ""]:
+        return state
+
     def preconditioner(self, state: Float[Array, ""]) -> Diagonal:
         return 1 / rate_of_last_update(self.learning_rate, state)

@@ -13,6 +13,7 @@ from .base import (
     Schedule,
     Vector,
     checked_learning_rate,
+    checked_number,
     rate_of_last_update,
 )
 
@@ -63,6 +64,9 @@ class _AbstractRMSProp(AbstractOptimizer):
     ) -> SecondMoment:
         forgotten = jnp.full_like(state.age, jnp.inf)  # the initial zero
         return SecondMoment(state.updates, self.moment(gradient_sq), forgotten)
+
+    def updates(self, state: SecondMoment) -> Float[Array, ""]:
+        return state.updates
 
     def preconditioner(self, state: SecondMoment) -> Diagonal:
         nu = state.nu
@@ -126,9 +130,9 @@ ScalarRMSProp.__doc__ += _ARGUMENTS
 
 
 def _checked_moments(beta2, eps) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    beta2, eps = (jnp.asarray(x, jnp.result_type(float)) for x in (beta2, eps))
-    if not is_traced(beta2) and not (beta2.shape == () and 0 < float(beta2) < 1):
+    beta2, eps = checked_number("beta2", beta2), checked_number("eps", eps)
+    if not is_traced(beta2) and not 0 < float(beta2) < 1:
         raise ValueError(f"`beta2` must be a number between 0 and 1, got {beta2}.")
-    if not is_traced(eps) and not (eps.shape == () and 0 <= float(eps) < jnp.inf):
+    if not is_traced(eps) and not 0 <= float(eps) < jnp.inf:
         raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
     return beta2, eps

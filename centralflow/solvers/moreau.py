@@ -43,6 +43,7 @@ class Moreau(diffrax.AbstractSolver):
 
     term_structure: ClassVar = AbstractComplementarityTerm
     interpolation_cls: ClassVar[Callable] = diffrax.LocalLinearInterpolation
+    state_type: ClassVar = _State
 
     def order(self, terms):
         return 1

@@ -71,6 +71,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
     interpolation_cls: Callable = eqx.field(static=True)
     term_structure: ClassVar = AbstractStiffComplementarityTerm
+    state_type: ClassVar = _State
 
     def order(self, terms):
         return 2
