@@ -1,7 +1,7 @@
 """The processes of a run, advanced block by block, and what is logged of them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -47,9 +47,8 @@ class Block(NamedTuple):
     failed: str | None
 
 
-def initial_state(problem: Problem, weights: Array, optimizer_state: PyTree) -> PyTree:
+def initial_state(weights: Array, optimizer_state: PyTree) -> PyTree:
     """Of all processes that have not advanced."""
-    del problem
     return dict(weights=weights, optimizer_state=optimizer_state)
 
 
@@ -109,10 +108,8 @@ def _advance_run(
     if midpoints:
         # The midpoint at the end takes one step more. At the first step, and where the
         # run breaks off, there is none: the iterate stands for it.
-        kept, weights = (
-            np.append(kept, steps + 1),
-            np.vstack([weights, _next(problem, new)]),
-        )
+        kept = np.append(kept, steps + 1)
+        weights = np.vstack([weights, _next(problem, new)])
         around = (at(np.maximum(rows - 1, 0)), here, at(rows + 1))
         curve = np.array(second_difference(*map(jnp.asarray, around)))
         curve[rows == 0] = 0
@@ -129,28 +126,13 @@ def _advance_run(
 def _advance_flow(
     process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
 ) -> Block:
-    central = process == "central"
     wanted = logged_steps(settings, steps)
-    prediction = predict(
-        problem.objective,
-        problem.flat.model(state["weights"]),
-        problem.optimizer,
-        steps,
-        flow=problem.flow if central else StableFlow(),
-        optimizer_state=state["optimizer_state"],
-        times=wanted.tolist(),
-        metrics=problem.predicted if central else None,
-        weight_times=wanted.tolist(),
-        rtol=settings.rtol if central else None,
-        progress=False,
-        throw=False,
-        **_continuation(state),
-    )
+    prediction = _predict(process, problem, settings, state, wanted.tolist())
     weights = np.asarray(prediction.weights)
     rows = min(len(weights), prediction.times.size)
     first = lambda x: np.asarray(x)[:rows]
     names = ("loss", "mean_loss", "grad_norm_sq", "mean_grad_norm_sq")
-    if central:
+    if process == "central":
         names += ("sharpness", "oscillation", "trace_covariance")
     weights = first(weights)
     series = {name: first(getattr(prediction, name)) for name in names}
@@ -161,25 +143,48 @@ def _advance_flow(
     return Block(_flow_state(problem, prediction), weights, tables, _end(prediction))
 
 
+def _predict(
+    process: str, problem: Problem, settings: Settings, state: PyTree, times: list[int]
+) -> Trajectory:
+    central = process == "central"
+    return predict(
+        problem.objective,
+        problem.flat.model(state["weights"]),
+        problem.optimizer,
+        times[-1],
+        flow=problem.flow if central else StableFlow(),
+        optimizer_state=state["optimizer_state"],
+        solver_state=state.get("solver_state"),
+        times=times,
+        metrics=problem.predicted if central else None,
+        weight_times=times,
+        rtol=settings.rtol if central else None,
+        progress=False,
+        throw=False,
+    )
+
+
 # Where a prediction ended, and how to go on from there.
 
 
 def _flow_state(problem: Problem, prediction: Trajectory) -> PyTree:
     last, _ = problem.flat.objective.flatten(prediction.model)
-    return dict(weights=last, optimizer_state=prediction.optimizer_state)
+    return dict(
+        weights=last,
+        optimizer_state=prediction.optimizer_state,
+        solver_state=prediction.solver_state,
+    )
 
 
-def _continuation(state: PyTree) -> dict[str, Any]:
-    del state
-    return {}  # PENDING: dict(solver_state=...)
-
-
-def state_like(problem: Problem, process: str, settings: Settings) -> PyTree:
-    """A state of the process as shapes, to read a saved one into."""
+def state_like(problem: Problem, settings: Settings, process: str, step: int) -> PyTree:
+    """A state of the process at a checkpoint, with which to read a saved one: the
+    structure is the same, shapes need not be."""
 
     def make(weights):
-        state = problem.optimizer.init(weights)
-        return initial_state(problem, weights, state)
+        state = initial_state(weights, problem.optimizer.init(weights))
+        if step == 0 or process == "discrete":
+            return state
+        return _flow_state(problem, _predict(process, problem, settings, state, [0, 1]))
 
     return eqx.filter_eval_shape(make, problem.weights)
 

@@ -102,7 +102,7 @@ def _run(folder: Path, s: Settings, resume: bool, progress: bool | None) -> None
     advancing = [name for name in names if name != "midpoint"]
     log, step, states = None, 0, None
     if resume:
-        like = lambda: _like(problem, s, advancing)
+        like = lambda step: _like(problem, s, advancing, step)
         with blame("resume"):
             found = store.read_checkpoint(folder, like)
             if found is not None:
@@ -177,12 +177,14 @@ def _warm(problem: Problem, s: Settings, names: list[str]) -> dict[str, PyTree]:
         )
         weights, _ = problem.objective.flatten(warm.model)
         optimizer_state = warm.optimizer_state
-    state = _plain(initial_state(problem, weights, optimizer_state))
+    state = _plain(initial_state(weights, optimizer_state))
     return {name: state for name in names} | dict(start=state["weights"])
 
 
-def _like(problem: Problem, s: Settings, names: list[str]) -> dict[str, PyTree]:
-    states = {name: state_like(problem, name, s) for name in names}
+def _like(
+    problem: Problem, s: Settings, names: list[str], step: int
+) -> dict[str, PyTree]:
+    states = {name: state_like(problem, s, name, step) for name in names}
     return states | dict(start=problem.weights)
 
 

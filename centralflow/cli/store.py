@@ -120,24 +120,26 @@ def write_checkpoint(folder: Path, step: int, states: dict[str, PyTree]) -> None
 
 
 def read_checkpoint(
-    folder: Path, like: Callable[[], dict[str, PyTree]]
+    folder: Path, like: Callable[[int], dict[str, PyTree]]
 ) -> tuple[int, dict[str, PyTree]] | None:
-    """The step and the states, of the structure that `like` returns; `None` if there is
-    no checkpoint. Raises `ValueError` if it is damaged or of another structure."""
+    """The step and the states, of the structure of `like(step)`; `None` if there is no
+    checkpoint. Raises `ValueError` if it is damaged or of another structure."""
     path = folder / CHECKPOINT
     if not path.exists():
         return None
-    paths, treedef = jax.tree_util.tree_flatten_with_path(like())
-    names = [jax.tree_util.keystr(key) for key, _ in paths]
     try:
         with h5py.File(path) as file:
-            if file.attrs["format"] != _FORMAT or set(file) != set(names):
-                raise KeyError("the arrays are those of another version")
-            leaves = [file[name][()] for name in names]
+            if file.attrs["format"] != _FORMAT:
+                raise KeyError("it is of another version")
             step = int(file.attrs["step"])
+            arrays = {name: np.asarray(x[()]) for name, x in file.items()}
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return step, jax.tree.unflatten(treedef, [np.asarray(x) for x in leaves])
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like(step))
+    names = [jax.tree_util.keystr(key) for key, _ in paths]
+    if set(names) != set(arrays):
+        raise ValueError(f"{path} has the arrays of another version.")
+    return step, jax.tree.unflatten(treedef, [arrays[name] for name in names])
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
