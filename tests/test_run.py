@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import centralflow as cf
 from centralflow.__main__ import app
-from centralflow.cli import problem, settings, store
+from centralflow.cli import problem, processes, settings, store
 
-TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.1)
+TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
 SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
 SHORT = (*SHORT, "--eigenvalues", 2)
 PROCESSES = {"discrete", "midpoint", "central", "stable"}
@@ -70,27 +70,28 @@ def test_what_is_logged(finished):
         np.testing.assert_array_equal(arrays[f"{name}/steps"], logged)
         for series in ("loss", "test_loss", "accuracy", "test_accuracy"):
             assert np.all(np.isfinite(arrays[f"{name}/{series}"]))
-        assert np.all(np.diff(arrays[f"{name}/loss"]) < 0)
+        assert arrays[f"{name}/loss"][-1] < 0.6 * arrays[f"{name}/loss"][0]
         assert np.all(arrays[f"{name}/grad_norm_sq"] > 0)
         assert arrays[f"{name}/outputs"].shape == (7, 3, 10)
         # All start in one place and stay closer together than they travel.
         travelled = arrays[f"distances/start-{name}"]
         assert travelled[0] == 0
-        assert np.all(np.diff(travelled) > 0)
         if name != "discrete":
             apart = arrays[f"distances/discrete-{name}"]
-            assert 0 < apart[-1] < 0.1 * travelled[-1]
+            assert np.all((apart[1:] > 0) & (apart[1:] < 0.5 * travelled[1:]))
     np.testing.assert_array_equal(arrays["discrete/every_step/steps"], range(13))
     np.testing.assert_array_equal(
         arrays["discrete/every_step/loss"][::2], arrays["discrete/loss"]
     )
     assert np.all(np.isfinite(arrays["discrete/sharpness"]))
-    np.testing.assert_allclose(
-        arrays["central/sharpness"][:, 0], arrays["discrete/sharpness"][:, 0], rtol=0.05
-    )
-    for series in ("mean_loss", "mean_test_loss", "mean_outputs"):
-        plain = arrays["central/" + series.removeprefix("mean_")]
-        np.testing.assert_allclose(arrays[f"central/{series}"], plain, atol=0.02)
+    # It reaches the edge of stability.
+    top = arrays["central/sharpness"][:, 0]
+    np.testing.assert_allclose(top[:2], arrays["discrete/sharpness"][:2, 0], rtol=0.1)
+    np.testing.assert_allclose(top[-2:], 2, rtol=0.05)
+    for series in ("loss", "test_loss", "outputs"):
+        plain, mean = arrays[f"central/{series}"], arrays[f"central/mean_{series}"]
+        assert not np.allclose(mean[-1], plain[-1], rtol=1e-3)
+        np.testing.assert_allclose(mean, plain, atol=0.1)
     for file in ("comparison.png", "comparison.pdf", "loss.png", "loss.pdf"):
         assert (folder / file).stat().st_size > 5000
         assert file in result.stdout
@@ -106,10 +107,10 @@ def test_series_are_those_of_the_library(finished):
     images, labels = cf.data.digits(40)
     model = cf.models.MLP(64, 10, width=5, key=jax.random.key(0))
     objective = cf.Objective(cf.losses.squared_error, (images[:30], labels[:30]))
-    optimizer = cf.GradientDescent(0.1)
+    optimizer = cf.GradientDescent(0.8)
     run = cf.train(objective, model, optimizer, 13, weight_times=range(14))
     _, flat = objective.flatten(model)
-    near = dict(rtol=2e-5, atol=1e-6)
+    near = dict(rtol=1e-3, atol=1e-5)
     losses = arrays["discrete/every_step/loss"]
     np.testing.assert_allclose(losses, run.loss[:13], **near)
     points = np.concatenate([run.weights[:1], cf.midpoints(run.weights)])[::2]
@@ -131,6 +132,20 @@ def test_series_are_those_of_the_library(finished):
             np.linalg.norm(w - run.weights[0]),
             **near,
         )
+
+
+def test_blocks_make_one_flow(finished):
+    """A flow goes on after a block as if it had not stopped."""
+    arrays, _ = read(finished[0])
+    config = json.loads((finished[0] / "config.json").read_text())
+    chosen = settings.from_json(config["settings"])
+    built = problem.build(chosen)
+    state = processes.initial_state(built.weights, jnp.zeros(()))
+    for name in ("central", "stable"):
+        whole = processes._predict(name, built, chosen, state, [0, 6, 12])
+        for series in ("loss", "mean_loss"):
+            found = arrays[f"{name}/{series}"][::3]
+            np.testing.assert_allclose(found, getattr(whole, series), rtol=0.02)
 
 
 class Stop(Exception):
@@ -249,7 +264,7 @@ def test_rmsprop_with_schedule_and_warm_start(tmp_path):
     """The schedule counts on through the warm start and the blocks."""
     options = ("--optimizer", "rmsprop", "--learning-rate", 0.01, "--beta2", 0.9)
     options += ("--bias-correction", "--warm-up", 4, "--schedule", "cosine")
-    options += ("--warm-start", 3, "--steps", 7, "--checkpoint-every", 3)
+    options += ("--warm-start", 3, "--steps", 6, "--checkpoint-every", 3)
     options += ("--log-every", 1, "--eigenvalues", 0, "--processes", "discrete")
     options += ("--size", 20, "--test-size", 0, "--width", 3, "--float64")
     options += ("--loss", "cross-entropy", "--microbatch-size", 7)
@@ -257,17 +272,17 @@ def test_rmsprop_with_schedule_and_warm_start(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert not jax.config.jax_enable_x64
     with jax.enable_x64(True):
-        rate = problem.Schedule(0.01, 4, 10, 0.0)
+        rate = problem.Schedule(0.01, 4, 9, 0.0)
         run = cf.train(
             cf.Objective(cf.losses.cross_entropy, cf.data.digits(20)),
             cf.models.MLP(64, 10, width=3, key=jax.random.key(0)),
             cf.RMSProp(rate, 0.9, 1e-8, True),
-            10,
+            9,
         )
         np.testing.assert_allclose(
             read(tmp_path)[0]["discrete/loss"], run.loss[3:], rtol=1e-10
         )
-        assert [float(rate(jnp.float64(t))) for t in (0, 4, 7, 10)] == (
+        assert [float(rate(jnp.float64(t))) for t in (0, 4, 6.5, 9)] == (
             pytest.approx([0.002, 0.01, 0.005, 0])
         )
 
@@ -370,7 +385,7 @@ def test_every_problem_can_be_built(options, tmp_path):
 def test_resume_after_a_kill(tmp_path):
     """A run that is killed at some moment leaves a file that can be read, and the rest
     of it gives the numbers of an unbroken one."""
-    steps = (*TINY, "--steps", 3000, "--log-every", 2, "--checkpoint-every", 10)
+    steps = (*TINY, "--steps", 995, "--log-every", 2, "--checkpoint-every", 10)
     command = [sys.executable, "-m", "centralflow", "run", *map(str, steps)]
     options = dict(
         cwd=Path(__file__).parents[1],
