@@ -142,10 +142,12 @@ def test_blocks_make_one_flow(finished):
     built = problem.build(chosen)
     state = processes.initial_state(built.weights, jnp.zeros(()))
     for name in ("central", "stable"):
-        whole = processes._predict(name, built, chosen, state, [0, 6, 12])
+        times = [0, 3, 6, 9, 12] if name == "central" else [0, 6, 12]
+        whole = processes._predict(name, built, chosen, state, times, [0, 6, 12])
         for series in ("loss", "mean_loss"):
             found = arrays[f"{name}/{series}"][::3]
-            np.testing.assert_allclose(found, getattr(whole, series), rtol=0.02)
+            wanted = getattr(whole, series)[:: len(times) // 2]
+            np.testing.assert_allclose(found, wanted, rtol=0.02)
 
 
 class Stop(Exception):

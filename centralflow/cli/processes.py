@@ -1,7 +1,7 @@
 """The processes of a run, advanced block by block, and what is logged of them."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -93,12 +93,13 @@ def _advance_run(
     at = lambda times: weights[np.minimum(np.searchsorted(kept, times), len(kept) - 1)]
     last, _ = problem.flat.objective.flatten(run.model)
     new = dict(weights=last, optimizer_state=run.optimizer_state)
-    end, every = _end(run), _every_step(run)
+    end, every = _end(run), _series(run, "discrete")
     here = at(rows)
     series = dict(
         steps=rows,
         loss=every["loss"][rows],
         grad_norm_sq=every["grad_norm_sq"][rows],
+        trace_covariance=every["trace_covariance"][rows],
         sharpness=np.asarray(run.sharpness)[rows],
         oscillation=np.asarray(run.oscillation)[rows],
         **_evaluate(problem.plain, problem.flat, here),
@@ -127,25 +128,33 @@ def _advance_flow(
     process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
 ) -> Block:
     wanted = logged_steps(settings, steps)
-    prediction = _predict(process, problem, settings, state, wanted.tolist())
+    # Between its own steps the central flow is interpolated, at no cost; the stable
+    # flow takes a gradient.
+    times = range(steps + 1) if process == "central" else wanted
+    prediction = _predict(process, problem, settings, state, times, wanted)
     weights = np.asarray(prediction.weights)
-    rows = min(len(weights), prediction.times.size)
-    first = lambda x: np.asarray(x)[:rows]
-    names = ("loss", "mean_loss", "grad_norm_sq", "mean_grad_norm_sq")
-    if process == "central":
-        names += ("sharpness", "oscillation", "trace_covariance")
-    weights = first(weights)
-    series = {name: first(getattr(prediction, name)) for name in names}
-    series |= {f"mean_{k}": first(v) for k, v in prediction.metrics.items()}
+    kept = np.round(np.asarray(prediction.weight_times)).astype(int)
+    every = _series(prediction, process)
+    rows = np.flatnonzero(np.isin(every["steps"], kept))
+    weights = weights[: rows.size]
+    series = {name: values[rows] for name, values in every.items()}
+    series |= {f"mean_{k}": np.asarray(v)[rows] for k, v in prediction.metrics.items()}
     series |= _evaluate(problem.plain, problem.flat, weights)
-    series["steps"] = np.round(first(prediction.times)).astype(int)
     tables = {"": series, "work": _work(prediction)}
+    if process == "central":
+        tables["every_step"] = every
     return Block(_flow_state(problem, prediction), weights, tables, _end(prediction))
 
 
 def _predict(
-    process: str, problem: Problem, settings: Settings, state: PyTree, times: list[int]
+    process: str,
+    problem: Problem,
+    settings: Settings,
+    state: PyTree,
+    times: Iterable[Any],
+    kept: Iterable[Any],
 ) -> Trajectory:
+    times, kept = [int(t) for t in times], [int(t) for t in kept]
     central = process == "central"
     return predict(
         problem.objective,
@@ -157,7 +166,7 @@ def _predict(
         solver_state=state.get("solver_state"),
         times=times,
         metrics=problem.predicted if central else None,
-        weight_times=times,
+        weight_times=kept,
         rtol=settings.rtol if central else None,
         progress=False,
         throw=False,
@@ -184,15 +193,22 @@ def state_like(problem: Problem, settings: Settings, process: str, step: int) ->
         state = initial_state(weights, problem.optimizer.init(weights))
         if step == 0 or process == "discrete":
             return state
-        return _flow_state(problem, _predict(process, problem, settings, state, [0, 1]))
+        once = (0, 1), (0, 1)
+        prediction = _predict(process, problem, settings, state, *once)
+        return _flow_state(problem, prediction)
 
     return eqx.filter_eval_shape(make, problem.weights)
 
 
-def _every_step(run: Trajectory) -> Rows:
+def _series(trajectory: Trajectory, process: str) -> Rows:
+    """What is known at all reported times."""
     names = ("loss", "grad_norm_sq", "trace_covariance")
-    series = {name: np.asarray(getattr(run, name)) for name in names}
-    return dict(steps=np.asarray(run.times).astype(int), **series)
+    if process != "discrete":
+        names += ("mean_loss", "mean_grad_norm_sq")
+    if process == "central":
+        names += ("sharpness", "oscillation")
+    series = {name: np.asarray(getattr(trajectory, name)) for name in names}
+    return dict(steps=np.round(np.asarray(trajectory.times)).astype(int), **series)
 
 
 def _work(trajectory: Trajectory) -> Rows:

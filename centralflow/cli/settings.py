@@ -283,7 +283,12 @@ class Settings:
     ] = 10
     checkpoint_every: Annotated[
         _Count,
-        _option("Steps from one checkpoint to the next.", "about 500", min=1),
+        _option(
+            "Steps from one checkpoint to the next. The steps of an adaptive flow start "
+            "anew at each, so that many make it dearer.",
+            "about 500",
+            min=1,
+        ),
     ] = None
     watch: Annotated[
         str,

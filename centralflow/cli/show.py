@@ -66,26 +66,34 @@ def trajectories(log: Log) -> dict[str, Trajectory]:
     return {name: _trajectory(log, name) for name in names if name in log.tables}
 
 
+_SERIES = (
+    "loss",
+    "mean_loss",
+    "grad_norm_sq",
+    "mean_grad_norm_sq",
+    "sharpness",
+    "oscillation",
+    "trace_covariance",
+)
+
+
 def _trajectory(log: Log, name: str) -> Trajectory:
     table, apart = log.tables[name], log.tables["distances"]
-    steps = table["steps"]
-    unknown = np.full_like(table.get("sharpness", steps[:, None] * 1.0), np.nan)
-    series = {key: table.get(key, unknown) for key in ("sharpness", "oscillation")}
-    series["trace_covariance"] = table.get("trace_covariance")
-    for key in ("loss", "grad_norm_sq"):
-        series[key] = table[key]
-        series[f"mean_{key}"] = table.get(f"mean_{key}", table[key])
+    series = {key: table[key] for key in _SERIES if key in table}
     every = log.tables.get(f"{name}/every_step")
     if every is not None:
-        rows = np.searchsorted(every["steps"], steps)
-        for key in ("sharpness", "oscillation"):
-            full = np.full((every["steps"].size, series[key].shape[1]), np.nan)
-            full[rows] = series[key]
-            series[key] = full
-        for key in ("loss", "grad_norm_sq"):
-            series[key] = series[f"mean_{key}"] = every[key]
-        series["trace_covariance"] = every["trace_covariance"]
-        steps = every["steps"]
+        rows = np.searchsorted(every["steps"], table["steps"])
+        for key, logged in series.items():
+            # What is measured at some steps only is unknown at the others.
+            full = np.full((every["steps"].size, *logged.shape[1:]), np.nan)
+            full[rows] = logged
+            series[key] = every.get(key, full)
+        table = every
+    for key in ("loss", "grad_norm_sq"):
+        series.setdefault(f"mean_{key}", series[key])
+    unknown = series.get("sharpness", table["steps"][:, None]) * np.nan
+    for key in ("sharpness", "oscillation"):
+        series.setdefault(key, unknown)
     travelled = apart.get("start-discrete", np.zeros(apart["steps"].size))
     aside = np.zeros_like(travelled)
     if name != "discrete":
@@ -93,7 +101,7 @@ def _trajectory(log: Log, name: str) -> Trajectory:
         aside = apart[key] if key in apart else apart[f"start-{name}"]
     real = lambda x: None if x is None else jnp.asarray(x, jnp.result_type(float))
     return Trajectory(
-        times=real(steps),
+        times=real(table["steps"]),
         **{key: real(values) for key, values in series.items()},
         metrics={},
         weight_times=real(apart["steps"]),
