@@ -284,8 +284,8 @@ class Settings:
     checkpoint_every: Annotated[
         _Count,
         _option(
-            "Steps from one checkpoint to the next. The steps of an adaptive flow start "
-            "anew at each, so that many make it dearer.",
+            "Steps from one checkpoint to the next. The steps of an adaptive flow are "
+            "short after each, so that many make it dearer.",
             "about 500",
             min=1,
         ),
