@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import centralflow as cf
 from centralflow.__main__ import app
-from centralflow.cli import problem, processes, settings, store
+from centralflow.cli import errors, options, problem, processes, settings, store
 
 TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
 SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
@@ -341,9 +341,9 @@ def test_wrong_argument(arguments, cause, tmp_path):
 
 def test_help_says_what_every_option_is():
     text = " ".join(invoke("run", "--help").stdout.split())
-    names = settings.Settings.__dataclass_fields__
+    names = options.Settings.__dataclass_fields__
     for name in names:
-        assert settings.flag(name) + " " in text
+        assert errors.flag(name) + " " in text
     # All but the two paths have a default.
     assert text.count("[default: ") == len(names) - 2
 
@@ -352,7 +352,7 @@ TEXT = "sentence\tlabel\n" + "a good film\t1\nbad\t0\n" * 10
 
 
 @pytest.mark.parametrize(
-    "options",
+    "chosen",
     [
         dict(data="moons", loss="logistic"),
         dict(data="circles"),
@@ -365,22 +365,32 @@ TEXT = "sentence\tlabel\n" + "a good film\t1\nbad\t0\n" * 10
         dict(data="text", model="lstm", width=4, length=5, loss="logistic"),
         dict(data="text", model="transformer", width=4, heads=2, vocabulary=4),
     ],
-    ids=lambda options: "-".join(str(v) for v in options.values()),
+    ids=lambda chosen: "-".join(str(v) for v in chosen.values()),
 )
-def test_every_problem_can_be_built(options, tmp_path):
+def test_every_problem_can_be_built(chosen, tmp_path):
     """Each kind of data with a model for it has a loss and all metrics."""
     (tmp_path / "text.tsv").write_text(TEXT)
-    if options.get("data") == "text":
-        options = options | dict(
-            path=tmp_path / "text.tsv", test_path=tmp_path / "text.tsv"
-        )
-    chosen = settings.from_json(options | dict(size=12, test_size=5))
+    if chosen.get("data") == "text":
+        path = tmp_path / "text.tsv"
+        chosen = chosen | dict(path=path, test_path=path)
+    chosen = settings.from_json(chosen | dict(size=12, test_size=5))
     built = problem.build(settings.complete(chosen))
     values = eqx.filter_eval_shape(built.flat.evaluate, built.plain, built.weights)
     assert values.keys() == {"outputs", "accuracy", "test_loss", "test_accuracy"}
     assert values["outputs"].shape[0] == 3
     assert values["accuracy"].shape == values["test_loss"].shape == ()
     assert eqx.filter_eval_shape(built.flat.loss, built.weights).shape == ()
+
+
+def test_flow_of_a_model_with_flags():
+    """Not all leaves of a transformer are arrays: its dropout has a Boolean."""
+    values = dict(data="sorting", model="transformer", width=4, heads=2, length=3)
+    values |= dict(size=12, test_size=5, depth=1, substeps=1)
+    chosen = settings.complete(settings.from_json(values))
+    built = problem.build(chosen)
+    state = processes.state_like(built, chosen, "central", 1)
+    assert state["weights"].shape == built.weights.shape
+    assert state["solver_state"].y.weights.shape == built.weights.shape
 
 
 @pytest.mark.slow

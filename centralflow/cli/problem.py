@@ -16,7 +16,8 @@ from ..flows import CentralFlow
 from ..objective import FlatObjective, Objective
 from ..optimizers import AbstractOptimizer, GradientDescent, RMSProp, ScalarRMSProp
 from .errors import blame, wrong
-from .settings import MODELS, Settings, integers
+from .options import MODELS, Settings
+from .settings import integers
 
 _IMAGES, _POINTS, _TOKENS = "images", "points", "tokens"
 _KINDS = {

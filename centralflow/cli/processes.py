@@ -16,8 +16,8 @@ from ..predict import predict
 from ..results import RESULTS
 from ..train import train
 from ..trajectory import Trajectory
+from .options import Settings
 from .problem import Problem
-from .settings import Settings
 
 Rows = dict[str, np.ndarray]  # series, a row for each of `steps`
 _WORK = (

@@ -18,9 +18,10 @@ from ..running import check_start, show_progress
 from ..train import train
 from . import store
 from .errors import RunFailed, blame, wrong
+from .options import Settings
 from .problem import Problem, build
 from .processes import Block, advance, initial_state, state_like
-from .settings import Settings, complete, from_json, to_json, with_options
+from .settings import complete, from_json, to_json, with_options
 from .show import draw
 
 _PACKAGES = ("centralflow", "jax", "jaxlib", "equinox", "diffrax", "numpy", "h5py")
