@@ -1,0 +1,1 @@
+"""The command line: one command to a file, joined in `main`."""

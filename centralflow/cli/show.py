@@ -1,0 +1,125 @@
+"""`centralflow plot` and `centralflow compare`: what is in the file of a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from .. import plot as figures
+from ..compare import compare as compare_trajectories
+from ..results import RESULTS
+from ..trajectory import Trajectory
+from .errors import wrong
+from .store import Log, Table
+
+_Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="The folder of a run, finished or not.")
+]
+
+
+def plot(folder: _Folder) -> None:
+    """Draw the figures of a run again."""
+    names = draw(folder, _read(folder))
+    typer.echo(f"In {folder}: {', '.join(names)}.")
+
+
+def compare(folder: _Folder) -> None:
+    """Print how well the flows predicted the run."""
+    log = _read(folder)
+    found = trajectories(log)
+    run = found.pop("discrete", None)
+    flows = {k: v for k, v in found.items() if k in ("central", "stable")}
+    if run is None or not flows:
+        raise wrong("FOLDER", "only a discrete run and a flow can be compared.")
+    try:
+        tables = [
+            f"{name.capitalize()} flow: {compare_trajectories(run, flow)}"
+            for name, flow in flows.items()
+        ]
+    except ValueError as error:
+        raise wrong("FOLDER", str(error)) from error
+    typer.echo("\n\n".join(tables))
+
+
+def draw(folder: Path, log: Log) -> list[str]:
+    """Write the figures that the processes permit; their names."""
+    found = trajectories(log)
+    drawn = dict(loss=figures.loss(*found.values(), labels=list(found)))
+    if "discrete" in found and "central" in found:
+        drawn["comparison"] = figures.comparison(
+            found["discrete"], found["central"], stable=found.get("stable")
+        )
+    names = []
+    for name, figure in drawn.items():
+        for ending in ("png", "pdf"):
+            names.append(f"{name}.{ending}")
+            figure.savefig(folder / names[-1], dpi=250)
+    return names
+
+
+def trajectories(log: Log) -> dict[str, Trajectory]:
+    """The processes with their series. Their weights are points in the plane that are
+    as far from the start and from the discrete run as the weights were."""
+    names = log.attributes["processes"].split(",")
+    return {name: _trajectory(log, name) for name in names if name in log.tables}
+
+
+_SERIES = (
+    "loss",
+    "mean_loss",
+    "grad_norm_sq",
+    "mean_grad_norm_sq",
+    "sharpness",
+    "oscillation",
+    "trace_covariance",
+)
+
+
+def _trajectory(log: Log, name: str) -> Trajectory:
+    table, apart = log.tables[name], log.tables["distances"]
+    series = {key: table[key] for key in _SERIES if key in table}
+    every = log.tables.get(f"{name}/every_step")
+    if every is not None:
+        rows = np.searchsorted(every["steps"], table["steps"])
+        for key, logged in series.items():
+            # What is measured at some steps only is unknown at the others.
+            full = np.full((every["steps"].size, *logged.shape[1:]), np.nan)
+            full[rows] = logged
+            series[key] = every.get(key, full)
+        table = every
+    for key in ("loss", "grad_norm_sq"):
+        series.setdefault(f"mean_{key}", series[key])
+    unknown = series.get("sharpness", table["steps"][:, None]) * np.nan
+    for key in ("sharpness", "oscillation"):
+        series.setdefault(key, unknown)
+    travelled = apart.get("start-discrete", np.zeros(apart["steps"].size))
+    aside = np.zeros_like(travelled)
+    if name != "discrete":
+        key = f"discrete-{name}"
+        aside = apart[key] if key in apart else apart[f"start-{name}"]
+    real = lambda x: None if x is None else jnp.asarray(x, jnp.result_type(float))
+    return Trajectory(
+        times=real(table["steps"]),
+        **{key: real(values) for key, values in series.items()},
+        metrics={},
+        weight_times=real(apart["steps"]),
+        weights=real(np.stack([travelled, aside], axis=1)),
+        model=None,
+        optimizer_state=None,
+        critical_sharpness=log.attributes["critical_sharpness"],
+        result=RESULTS.successful,
+        stats=_stats(log.tables.get(f"{name}/work", {})),
+    )
+
+
+def _stats(work: Table) -> dict[str, Any]:
+    return {name: x.sum() for name, x in work.items() if name != "steps"}
+
+
+def _read(folder: Path) -> Log:
+    try:
+        return Log.read(folder)
+    except ValueError as error:
+        raise wrong("FOLDER", str(error)) from error

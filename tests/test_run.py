@@ -1,0 +1,422 @@
+"""`centralflow run`, `plot` and `compare`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import centralflow as cf
+from centralflow.__main__ import app
+from centralflow.cli import errors, options, problem, processes, settings, store
+
+TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
+SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
+SHORT = (*SHORT, "--eigenvalues", 2)
+PROCESSES = {"discrete", "midpoint", "central", "stable"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def read(folder):
+    """All series of a run but the times, by their paths, and the attributes."""
+    arrays = {}
+    with h5py.File(folder / "results.h5") as file:
+        keep = lambda name, x: (
+            arrays.update({name: x[()]}) if isinstance(x, h5py.Dataset) else None
+        )
+        file.visititems(keep)
+        attributes = dict(file.attrs)
+    return {k: v for k, v in arrays.items() if "seconds" not in k}, attributes
+
+
+def assert_same(folder, other):
+    (found, attributes), (wanted, others) = read(folder), read(other)
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert attributes == others
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "new" / "out"
+    result = invoke("run", "--output", folder, *SHORT)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "it/s" not in result.stderr
+    return folder, result
+
+
+def test_what_is_logged(finished):
+    folder, result = finished
+    arrays, attributes = read(folder)
+    assert attributes["status"] == "finished"
+    assert attributes["critical_sharpness"] == 2
+    logged = [0, 2, 4, 6, 8, 10, 12]
+    for name in PROCESSES:
+        np.testing.assert_array_equal(arrays[f"{name}/steps"], logged)
+        for series in ("loss", "test_loss", "accuracy", "test_accuracy"):
+            assert np.all(np.isfinite(arrays[f"{name}/{series}"]))
+        assert arrays[f"{name}/loss"][-1] < 0.6 * arrays[f"{name}/loss"][0]
+        assert np.all(arrays[f"{name}/grad_norm_sq"] > 0)
+        assert arrays[f"{name}/outputs"].shape == (7, 3, 10)
+        # All start in one place and stay closer together than they travel.
+        travelled = arrays[f"distances/start-{name}"]
+        assert travelled[0] == 0
+        if name != "discrete":
+            apart = arrays[f"distances/discrete-{name}"]
+            assert np.all((apart[1:] > 0) & (apart[1:] < 0.5 * travelled[1:]))
+    np.testing.assert_array_equal(arrays["discrete/every_step/steps"], range(13))
+    np.testing.assert_array_equal(
+        arrays["discrete/every_step/loss"][::2], arrays["discrete/loss"]
+    )
+    assert np.all(np.isfinite(arrays["discrete/sharpness"]))
+    # It reaches the edge of stability.
+    top = arrays["central/sharpness"][:, 0]
+    np.testing.assert_allclose(top[:2], arrays["discrete/sharpness"][:2, 0], rtol=0.1)
+    np.testing.assert_allclose(top[-2:], 2, rtol=0.05)
+    for series in ("loss", "test_loss", "outputs"):
+        plain, mean = arrays[f"central/{series}"], arrays[f"central/mean_{series}"]
+        assert not np.allclose(mean[-1], plain[-1], rtol=1e-3)
+        np.testing.assert_allclose(mean, plain, atol=0.1)
+    for file in ("comparison.png", "comparison.pdf", "loss.png", "loss.pdf"):
+        assert (folder / file).stat().st_size > 5000
+        assert file in result.stdout
+    config = json.loads((folder / "config.json").read_text())
+    assert config["versions"]["jax"] == jax.__version__
+    assert config["settings"]["width"] == 5
+    assert config["settings"]["depth"] == 2  # the model's default
+
+
+def test_series_are_those_of_the_library(finished):
+    """The blocks make the run of `train`; midpoints and metrics are what they say."""
+    arrays, _ = read(finished[0])
+    images, labels = cf.data.digits(40)
+    model = cf.models.MLP(64, 10, width=5, key=jax.random.key(0))
+    objective = cf.Objective(cf.losses.squared_error, (images[:30], labels[:30]))
+    optimizer = cf.GradientDescent(0.8)
+    run = cf.train(objective, model, optimizer, 13, weight_times=range(14))
+    _, flat = objective.flatten(model)
+    near = dict(rtol=1e-3, atol=1e-5)
+    losses = arrays["discrete/every_step/loss"]
+    np.testing.assert_allclose(losses, run.loss[:13], **near)
+    points = np.concatenate([run.weights[:1], cf.midpoints(run.weights)])[::2]
+    assert len(points) == 7
+    for i, w in enumerate(map(jnp.asarray, points)):
+        here = flat.model(w)
+        batch = (images[30:], labels[30:])
+        for name, value in (
+            ("loss", flat.loss(w)),
+            ("grad_norm_sq", np.sum(np.square(flat.grad(w)))),
+            ("accuracy", cf.losses.accuracy(here, (images[:30], labels[:30]))),
+            ("test_loss", cf.losses.squared_error(here, batch)),
+            ("test_accuracy", cf.losses.accuracy(here, batch)),
+            ("outputs", jax.vmap(here)(images[:3])),
+        ):
+            np.testing.assert_allclose(arrays[f"midpoint/{name}"][i], value, **near)
+        np.testing.assert_allclose(
+            arrays["distances/start-midpoint"][i],
+            np.linalg.norm(w - run.weights[0]),
+            **near,
+        )
+
+
+def test_blocks_make_one_flow(finished):
+    """A flow goes on after a block as if it had not stopped."""
+    arrays, _ = read(finished[0])
+    config = json.loads((finished[0] / "config.json").read_text())
+    chosen = settings.from_json(config["settings"])
+    built = problem.build(chosen)
+    state = processes.initial_state(built.weights, jnp.zeros(()))
+    for name in ("central", "stable"):
+        times = [0, 3, 6, 9, 12] if name == "central" else [0, 6, 12]
+        whole = processes._predict(name, built, chosen, state, times, [0, 6, 12])
+        for series in ("loss", "mean_loss"):
+            found = arrays[f"{name}/{series}"][::3]
+            wanted = getattr(whole, series)[:: len(times) // 2]
+            np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
+class Stop(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [("write_checkpoint", 1), ("write_checkpoint", 3), ("write_results", 2)],
+)
+def test_resume(function, calls, finished, tmp_path, monkeypatch):
+    """A run that is stopped right after the first files of checkpoints are written, or
+    between the two files of one, goes on as if it had not been."""
+    count = 0
+
+    def stopping(write):
+        def wrapped(*arguments):
+            nonlocal count
+            write(*arguments)
+            count += 1
+            if count == calls:
+                raise Stop
+
+        return wrapped
+
+    owner, name = store, function
+    if function == "write_results":
+        owner, name = store.Log, "write"
+    monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    stopped = invoke("run", "--output", tmp_path, *SHORT)
+    assert isinstance(stopped.exception, Stop)
+    monkeypatch.undo()
+    if calls > 1:
+        assert read(tmp_path)[1]["status"] == "running"
+        # Of an unfinished run.
+        assert invoke("plot", tmp_path).exit_code == 0
+    assert invoke("run", "--output", tmp_path, *SHORT).exit_code == 2
+    result = invoke("run", "--output", tmp_path, "--resume", "--steps", 12)
+    assert result.exit_code == 0, result.stderr
+    assert_same(tmp_path, finished[0])
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_a_finished_run_is_kept(finished):
+    folder, _ = finished
+    before = (folder / "results.h5").read_bytes()
+    result = invoke("run", "--output", folder, *SHORT)
+    assert result.exit_code == 2
+    assert "--overwrite" in result.stderr
+    assert invoke("run", "--output", folder, "--resume").exit_code == 0
+    assert (folder / "results.h5").read_bytes() == before
+
+
+def test_resume_with_other_settings(finished):
+    folder, _ = finished
+    result = invoke("run", "--output", folder, "--resume", "--learning-rate", 0.2)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "--learning-rate" in result.stderr
+
+
+def test_plot_and_compare(finished):
+    folder, _ = finished
+    for figure in folder.glob("*.p*"):
+        figure.unlink()
+    result = invoke("plot", folder)
+    assert result.exit_code == 0, result.stderr
+    assert (folder / "comparison.pdf").stat().st_size > 5000
+    result = invoke("compare", folder)
+    assert result.exit_code == 0, result.stderr
+    tables = result.stdout.split("\n\n")
+    assert tables[0].startswith("Central flow: prediction against run, 12 steps")
+    assert tables[1].startswith("Stable flow: prediction against run, 12 steps")
+    arrays, _ = read(folder)
+    apart, whole = (
+        arrays[f"distances/{pair}"][-1]
+        for pair in ("discrete-stable", "start-discrete")
+    )
+    row = next(x for x in tables[1].splitlines() if "weight distance" in x)
+    assert f"{100 * apart / whole:.3g} %" in row
+
+
+@pytest.mark.parametrize("command", ["plot", "compare"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_no_run(command, damage, finished, tmp_path):
+    if damage == "cut":
+        whole = (finished[0] / "results.h5").read_bytes()
+        (tmp_path / "results.h5").write_bytes(whole[: len(whole) // 2])
+    result = invoke(command, tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "FOLDER" in result.stderr
+
+
+def test_failure(tmp_path):
+    arguments = (*SHORT, "--processes", "discrete", "--overwrite")
+    options = ("--learning-rate", 60, "--eigenvalues", 0, "--steps", 400)
+    arguments = (*arguments, *options, "--checkpoint-every", 200, "--test-size", 0)
+    result = invoke("run", "--output", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: discrete: The run diverged")
+    assert "results.h5" in result.stderr
+    arrays, attributes = read(tmp_path)
+    assert attributes["status"] == "failed"
+    assert len(arrays["discrete/every_step/loss"]) > 2
+    assert np.all(np.isfinite(arrays["discrete/every_step/loss"]))
+    assert invoke("plot", tmp_path).exit_code == 0
+    assert invoke("compare", tmp_path).exit_code == 2
+    again = invoke("run", "--output", tmp_path, "--resume")
+    assert again.exit_code == 1
+    assert again.stderr == result.stderr
+
+
+def test_rmsprop_with_schedule_and_warm_start(tmp_path):
+    """The schedule counts on through the warm start and the blocks."""
+    options = ("--optimizer", "rmsprop", "--learning-rate", 0.01, "--beta2", 0.9)
+    options += ("--bias-correction", "--warm-up", 4, "--schedule", "cosine")
+    options += ("--warm-start", 3, "--steps", 6, "--checkpoint-every", 3)
+    options += ("--log-every", 1, "--eigenvalues", 0, "--processes", "discrete")
+    options += ("--size", 20, "--test-size", 0, "--width", 3, "--float64")
+    options += ("--loss", "cross-entropy", "--microbatch-size", 7)
+    result = invoke("run", "--output", tmp_path, *options)
+    assert result.exit_code == 0, result.stderr
+    assert not jax.config.jax_enable_x64
+    with jax.enable_x64(True):
+        rate = problem.Schedule(0.01, 4, 9, 0.0)
+        run = cf.train(
+            cf.Objective(cf.losses.cross_entropy, cf.data.digits(20)),
+            cf.models.MLP(64, 10, width=3, key=jax.random.key(0)),
+            cf.RMSProp(rate, 0.9, 1e-8, True),
+            9,
+        )
+        np.testing.assert_allclose(
+            read(tmp_path)[0]["discrete/loss"], run.loss[3:], rtol=1e-10
+        )
+        assert [float(rate(jnp.float64(t))) for t in (0, 4, 6.5, 9)] == (
+            pytest.approx([0.002, 0.01, 0.005, 0])
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--steps", 1), "--steps"),
+        (("--processes", "discrete,none"), "--processes"),
+        (("--processes", "midpoint"), "--processes"),
+        (("--processes", "central,central"), "--processes"),
+        (("--learning-rate", "nan"), "--learning-rate"),
+        (("--optimizer", "adam"), "--optimizer"),
+        (("--beta2", 0.9), "--beta2"),
+        (("--optimizer", "rmsprop", "--beta2", 2.0), "--beta2"),
+        (("--optimizer", "rmsprop", "--eps", -1), "--eps"),
+        (("--final-rate", 0.1), "--final-rate"),
+        (("--data", "mnist"), "--data"),
+        (("--data", "cifar10"), "--path"),
+        (("--data", "cifar10", "--path", "{folder}"), "--path"),
+        (("--data", "text", "--model", "lstm", "--path", "{folder}"), "--path"),
+        (("--data", "text", "--model", "lstm", "--path", "{file}"), "--size"),
+        (("--size", 1700), "--size"),
+        (("--noise", 0.1), "--noise"),
+        (("--data", "moons", "--model", "cnn"), "--model"),
+        (("--data", "sorting"), "--model"),
+        (("--model", "vit", "--patch-size", 3), "--patch-size"),
+        (("--model", "vit", "--heads", 5), "--heads"),
+        (("--model", "cnn", "--widths", "4,x"), "--widths"),
+        (("--model", "cnn", "--widths", "2,2,2,2"), "--widths"),
+        (("--model", "cnn", "--width", 4), "--width"),
+        (("--loss", "logistic"), "--loss"),
+        (("--substeps", 2, "--rtol", 0.01), "--rtol"),
+        (("--rtol", 0.9), "--rtol"),
+        (("--watch", 1000), "--watch"),
+        (("--eigenvalues-every", 15), "--eigenvalues-every"),
+        (("--checkpoint-every", 15), "--checkpoint-every"),
+        (("--resume",), "--resume"),
+        (("--resume", "--overwrite"), "--overwrite"),
+    ],
+)
+def test_wrong_argument(arguments, cause, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    names = dict(folder=tmp_path, file=file)
+    arguments = [str(a).format(**names) for a in arguments]
+    result = invoke("run", "--output", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert f"'{cause}'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_every_option_is():
+    text = " ".join(invoke("run", "--help").stdout.split())
+    names = options.Settings.__dataclass_fields__
+    for name in names:
+        assert errors.flag(name) + " " in text
+    # All but the two paths have a default.
+    assert text.count("[default: ") == len(names) - 2
+
+
+TEXT = "sentence\tlabel\n" + "a good film\t1\nbad\t0\n" * 10
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        dict(data="moons", loss="logistic"),
+        dict(data="circles"),
+        dict(data="random", features=4, classes=3),
+        dict(model="cnn", widths="2,3"),
+        dict(model="resnet", widths="4", groups=2),
+        dict(model="vit", width=4, heads=2, depth=1),
+        dict(data="sorting", model="transformer", width=4, heads=2, length=3),
+        dict(data="copying", model="mamba", width=4, depth=1, state_size=2),
+        dict(data="text", model="lstm", width=4, length=5, loss="logistic"),
+        dict(data="text", model="transformer", width=4, heads=2, vocabulary=4),
+    ],
+    ids=lambda chosen: "-".join(str(v) for v in chosen.values()),
+)
+def test_every_problem_can_be_built(chosen, tmp_path):
+    """Each kind of data with a model for it has a loss and all metrics."""
+    (tmp_path / "text.tsv").write_text(TEXT)
+    if chosen.get("data") == "text":
+        path = tmp_path / "text.tsv"
+        chosen = chosen | dict(path=path, test_path=path)
+    chosen = settings.from_json(chosen | dict(size=12, test_size=5))
+    built = problem.build(settings.complete(chosen))
+    values = eqx.filter_eval_shape(built.flat.evaluate, built.plain, built.weights)
+    assert values.keys() == {"outputs", "accuracy", "test_loss", "test_accuracy"}
+    assert values["outputs"].shape[0] == 3
+    assert values["accuracy"].shape == values["test_loss"].shape == ()
+    assert eqx.filter_eval_shape(built.flat.loss, built.weights).shape == ()
+
+
+def test_flow_of_a_model_with_flags():
+    """Not all leaves of a transformer are arrays: its dropout has a Boolean."""
+    values = dict(data="sorting", model="transformer", width=4, heads=2, length=3)
+    values |= dict(size=12, test_size=5, depth=1, substeps=1)
+    chosen = settings.complete(settings.from_json(values))
+    built = problem.build(chosen)
+    state = processes.state_like(built, chosen, "central", 1)
+    assert state["weights"].shape == built.weights.shape
+    assert state["solver_state"].y.weights.shape == built.weights.shape
+
+
+@pytest.mark.slow
+def test_resume_after_a_kill(tmp_path):
+    """A run that is killed at some moment leaves a file that can be read, and the rest
+    of it gives the numbers of an unbroken one."""
+    steps = (*TINY, "--steps", 995, "--log-every", 2, "--checkpoint-every", 10)
+    command = [sys.executable, "-m", "centralflow", "run", *map(str, steps)]
+    options = dict(
+        cwd=Path(__file__).parents[1],
+        env=os.environ | dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache")),
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--output", str(whole)], check=True, **options)
+    process = subprocess.Popen([*command, "--output", str(broken)], **options)
+    try:
+        while not (broken / "results.h5").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for _ in range(random.randint(1, 100)):
+            time.sleep(0.03)
+            read(broken)  # at any moment
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert read(broken)[1]["status"] == "running"
+    command = [sys.executable, "-m", "centralflow", "run", "--output", str(broken)]
+    subprocess.run([*command, "--resume"], check=True, **options)
+    assert_same(broken, whole)
