@@ -117,7 +117,7 @@ def predict(
             if not traced:
                 _warn_if_unstable(state.y, optimizer)
         else:
-            state = clock(_start, problem, previous.y, previous.solver)
+            state = clock(_start, problem, previous.y, previous)
         part = clock(
             _integrate,
             problem,
@@ -219,8 +219,11 @@ def _first(problem: _Problem, weights: Array, optimizer_state: PyTree) -> FlowSt
 
 
 @eqx.filter_jit
-def _start(problem: _Problem, y: FlowState, previous: Any) -> FlowSolverState:
-    return FlowSolverState(*problem.flow.start(problem.term(), y, previous))
+def _start(
+    problem: _Problem, y: FlowState, previous: FlowSolverState | None
+) -> FlowSolverState:
+    solver, dt = (None, None) if previous is None else (previous.solver, previous.dt)
+    return FlowSolverState(*problem.flow.start(problem.term(), y, solver), dt)
 
 
 @eqx.filter_jit
@@ -245,7 +248,7 @@ def _integrate(
         flow.solver(),
         t0,
         t1,
-        dt0,
+        dt0 if state.dt is None else state.dt,
         state.y,
         solver_state=state.solver,
         saveat=diffrax.SaveAt(
@@ -293,7 +296,7 @@ def _integrate(
         snapshots=solution.ys["snapshots"],
         start=solution.ys["start"],
         first=solution.ys["first"],
-        state=FlowSolverState(y, solution.solver_state),
+        state=FlowSolverState(y, solution.solver_state, flow.proposed_step(solution)),
         optimizer_state=optimizer_state,
         time=time,
         result=result,

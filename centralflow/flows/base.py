@@ -23,11 +23,12 @@ class FlowState(eqx.Module):
 
 
 class FlowSolverState(eqx.Module):
-    """All that is needed to go on with an integration: the state of the flow, and that
-    of its solver."""
+    """All that is needed to go on with an integration: the state of the flow, that of
+    its solver, and the next step of an adaptive one."""
 
     y: FlowState
     solver: Any
+    dt: Float[Array, ""] | None = None
 
 
 class Work(eqx.Module):
@@ -112,6 +113,11 @@ class AbstractFlow(eqx.Module):
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
         """The work of an integration from the solver state `start` and of finding that
         state, rejected steps and `reports` reported times included."""
+
+    def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
+        """The length of the step that would have followed, or None for the first of
+        `stepsize`."""
+        return None
 
     def check(self, optimizer: AbstractOptimizer, y: FlowState) -> None:
         """Raise `ValueError` if the steps are too long for the optimizer."""

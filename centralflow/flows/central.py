@@ -166,13 +166,16 @@ class CentralFlow(AbstractFlow):
         return ForesightController(controller), 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+        if previous is not None:
+            # The work of each part is counted by itself.
+            expansion = dataclasses.replace(previous.expansion, work=Work())
+            previous = dataclasses.replace(previous, expansion=expansion)
+            if self.substeps is not None:
+                previous = dataclasses.replace(previous, unconverged=jnp.int32(0))
+            if expansion.eigenvectors.shape[0] == self.block_size:
+                return y, previous
         if self.substeps is None:
             return self.solver().start(term, y, previous)
-        if previous is not None:  # count the work of each part by itself
-            expansion = dataclasses.replace(previous.expansion, work=Work())
-            previous = dataclasses.replace(
-                previous, expansion=expansion, unconverged=jnp.int32(0)
-            )
         return self.solver().start(term, y, 1 / self.substeps, previous)
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
@@ -195,6 +198,9 @@ class CentralFlow(AbstractFlow):
             return start.expansion.work + solution.controller_state.total
         state = solution.solver_state
         return state.expansion.work + Work(unconverged=state.unconverged)
+
+    def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
+        return None if self.substeps is not None else solution.controller_state.proposed
 
     def event(self) -> diffrax.Event:
         def crowded(t, y, args, *, terms, **kwargs):

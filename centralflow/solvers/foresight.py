@@ -6,12 +6,13 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 class _State(eqx.Module):
     inner: Any
     total: PyTree
+    proposed: Float[Array, ""]  # the length of the next step
 
 
 class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
@@ -22,6 +23,9 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     tight it says nothing: the next step would be rejected, several times. So a step is
     at most so long that no row, at its last speed, exceeds the constraint by more than
     the tolerance allows.
+
+    The last step of an integration is cut to end there; the step `proposed` to go on
+    with is not.
 
     What a step cost is `work` of its error estimate: Diffrax returns to the old solver
     state when it rejects a step, but a controller sees each one. The total is in its
@@ -50,7 +54,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
             terms, t0, t1, y0, dt0, args, func, error_order
         )
         zero = jax.tree.map(jnp.zeros_like, y0.observables["work"])
-        return t1, _State(inner, zero)
+        return t1, _State(inner, zero, t1 - t0)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -67,5 +71,8 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         )
         longest = jnp.maximum(longest, self.controller.dtmin)
         next_t1 = jnp.where(keep, jnp.minimum(next_t1, next_t0 + longest), next_t1)
+        proposed, before = next_t1 - next_t0, controller_state.proposed
+        cut = keep & (t1 - t0 < 0.99 * before)
+        proposed = jnp.where(cut, jnp.maximum(proposed, before), proposed)
         total = controller_state.total + y_error.observables["work"]
-        return keep, next_t0, next_t1, jump, _State(inner, total), result
+        return keep, next_t0, next_t1, jump, _State(inner, total, proposed), result
