@@ -55,6 +55,22 @@ def test_rmsprop_is_optax_rmsprop(learning_rate, eps, bias_correction):
     np.testing.assert_allclose(w, v, rtol=7 * 10 * 6e-8)
 
 
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("beta2", [0.9, 0.999, 0.99999])
+def test_a_beta2_near_one_in_float32(beta2, bias_correction):
+    """1 - beta2 is not what float32 makes of beta2, subtracted from 1."""
+    gradients = np.random.default_rng(0).normal(size=(20, 4))
+    optimizer = cf.RMSProp(1.0, beta2, 1e-8, bias_correction)
+    state, nu = optimizer.init(jnp.zeros(4)), 0.0
+    for g in gradients:
+        state = optimizer.update_state(state, jnp.asarray(g, jnp.float32))
+        nu = beta2 * nu + (1 - beta2) * g**2
+    nu = nu / (1 - beta2**20) if bias_correction else nu
+    P = optimizer.preconditioner(state)
+    # twenty times two roundings, and the root halves them
+    np.testing.assert_allclose(P, np.sqrt(nu) + 1e-8, rtol=20 * 6e-8)
+
+
 def test_scalar_rmsprop_is_rmsprop_of_the_norm():
     """In one dimension the two are the same, and in more nu takes in |g|^2."""
     arguments = (0.1, 0.9, 0.01, True)
@@ -145,6 +161,7 @@ def test_bad_learning_rate(value):
         (dict(beta2=[0.9]), "beta2"),
         (dict(eps="small"), "eps"),
         (dict(eps=1j), "eps"),
+        (dict(bias_correction="no"), "bias_correction"),
     ],
 )
 def test_bad_rmsprop(kind, change, named):

@@ -303,7 +303,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         for decay in jax.tree.leaves(state_decay(self.optimizer, y)):
             rates.append(jnp.max(jnp.abs(decay)))
         # H changes in the step, too.
-        return 1.2 * dt * jnp.max(jnp.stack([jnp.asarray(r, dt.dtype) for r in rates]))
+        return 1.1 * dt * jnp.max(jnp.stack([jnp.asarray(r, dt.dtype) for r in rates]))
 
     def expand_ahead(
         self, y: FlowState, previous: Any, before: Any, ratio: Any

@@ -4,6 +4,7 @@ import abc
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..objective import is_traced
@@ -31,6 +32,7 @@ class SecondMoment(eqx.Module):
 class _AbstractRMSProp(AbstractOptimizer):
     learning_rate: eqx.AbstractVar[Float[Array, ""] | Schedule]
     beta2: eqx.AbstractVar[Float[Array, ""]]
+    one_minus_beta2: eqx.AbstractVar[Float[Array, ""]]  # exact, for beta2 near 1
     eps: eqx.AbstractVar[Float[Array, ""]]
     bias_correction: eqx.AbstractVar[bool]
 
@@ -43,9 +45,8 @@ class _AbstractRMSProp(AbstractOptimizer):
         return SecondMoment(zero, jnp.zeros_like(self.moment(weights)), zero)
 
     def update_state(self, state: SecondMoment, gradient: Vector) -> SecondMoment:
-        beta2 = self.beta2.astype(gradient.dtype)
-        moment = self.moment(gradient * gradient)
-        nu = beta2 * state.nu + (1 - beta2) * moment
+        beta2, new = self._weights(gradient)
+        nu = beta2 * state.nu + new * self.moment(gradient * gradient)
         return SecondMoment(state.updates + 1, nu, state.age + 1)
 
     def state_rate(
@@ -55,8 +56,8 @@ class _AbstractRMSProp(AbstractOptimizer):
         # the update itself: nu' - nu = (1 - beta2)/beta2 (g * g - nu'). The factor
         # 1/beta2 is that of time, and the age takes it too. (The weight itself, an
         # exponential, would not be integrated exactly by every solver.)
-        beta2 = self.beta2.astype(gradient_sq.dtype)
-        nu = (1 - beta2) / beta2 * (self.moment(gradient_sq) - state.nu)
+        beta2, new = self._weights(gradient_sq)
+        nu = new / beta2 * (self.moment(gradient_sq) - state.nu)
         return SecondMoment(jnp.ones_like(state.updates), nu, 1 / beta2)
 
     def stationary_state(
@@ -71,12 +72,16 @@ class _AbstractRMSProp(AbstractOptimizer):
     def preconditioner(self, state: SecondMoment) -> Diagonal:
         nu = state.nu
         if self.bias_correction:
-            beta2 = self.beta2.astype(nu.dtype)
+            _, new = self._weights(nu)
             # Before any update nu is zero, whatever it is divided by.
             age = jnp.where(state.age > 0, state.age, 1)
-            nu = nu / -jnp.expm1(age * jnp.log(beta2))
+            nu = nu / -jnp.expm1(age * jnp.log1p(-new))
         rate = rate_of_last_update(self.learning_rate, state.updates)
         return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
+
+    def _weights(self, like: Array) -> tuple[Array, Array]:
+        """beta2 and 1 - beta2, in the precision of `like`."""
+        return self.beta2.astype(like.dtype), self.one_minus_beta2.astype(like.dtype)
 
 
 class RMSProp(_AbstractRMSProp):
@@ -93,13 +98,15 @@ class RMSProp(_AbstractRMSProp):
 
     learning_rate: Float[Array, ""] | Schedule
     beta2: Float[Array, ""]
+    one_minus_beta2: Float[Array, ""]
     eps: Float[Array, ""]
     bias_correction: bool = eqx.field(static=True)
 
     def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
         self.learning_rate = checked_learning_rate(learning_rate)
-        self.beta2, self.eps = _checked_moments(beta2, eps)
-        self.bias_correction = bool(bias_correction)
+        self.beta2, self.one_minus_beta2 = _checked_beta2(beta2)
+        self.eps = _checked_eps(eps)
+        self.bias_correction = _checked_flag(bias_correction)
 
     def moment(self, gradient_sq: Vector) -> Diagonal:
         return gradient_sq
@@ -119,22 +126,40 @@ class ScalarRMSProp(_AbstractRMSProp):
 
     learning_rate: Float[Array, ""] | Schedule
     beta2: Float[Array, ""]
+    one_minus_beta2: Float[Array, ""]
     eps: Float[Array, ""]
     bias_correction: bool = eqx.field(static=True)
 
     def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
         self.learning_rate = checked_learning_rate(learning_rate)
-        self.beta2, self.eps = _checked_moments(beta2, eps)
-        self.bias_correction = bool(bias_correction)
+        self.beta2, self.one_minus_beta2 = _checked_beta2(beta2)
+        self.eps = _checked_eps(eps)
+        self.bias_correction = _checked_flag(bias_correction)
 
     def moment(self, gradient_sq: Vector) -> Diagonal:
         return jnp.sum(gradient_sq)
 
 
-def _checked_moments(beta2, eps) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    beta2, eps = checked_number("beta2", beta2), checked_number("eps", eps)
-    if not is_traced(beta2) and not 0 < float(beta2) < 1:
+def _checked_beta2(beta2) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    array = checked_number("beta2", beta2)
+    if is_traced(array):
+        return array, 1 - array
+    if not 0 < float(beta2) < 1:
         raise ValueError(f"`beta2` must be a number between 0 and 1, got {beta2}.")
-    if not is_traced(eps) and not 0 <= float(eps) < jnp.inf:
+    # Of the Python float: float32 rounds a beta2 near 1 by much, next to 1 - beta2.
+    return array, jnp.asarray(1 - float(beta2), array.dtype)
+
+
+def _checked_eps(eps) -> Float[Array, ""]:
+    array = checked_number("eps", eps)
+    if not is_traced(array) and not 0 <= float(eps) < jnp.inf:
         raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
-    return beta2, eps
+    return array
+
+
+def _checked_flag(bias_correction) -> bool:
+    if not isinstance(bias_correction, bool | np.bool_):
+        raise ValueError(
+            f"`bias_correction` must be True or False, got {bias_correction!r}."
+        )
+    return bool(bias_correction)
