@@ -154,7 +154,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         observe = self._observe(y.weights.dtype)
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(observe, self.objective.model(y.weights)),
+            eqx.filter_eval_shape(observe, self.objective.model(y.weights)),
         )
         if not self.metrics:
             return zero
