@@ -24,8 +24,8 @@ def main(
     length=4,
     vocabulary=5,
     learning_rate=0.4,
-    warm_start=135,
-    steps=200,
+    warm_start=75,
+    steps=300,
     output="sorting_transformer.png",
 ):
     """Train, predict, compare; returns the comparison."""
@@ -80,15 +80,12 @@ def draw(run, central, stable):
 
     lines(a, lambda x: x.mean_loss)
     a.set_yscale("log")
-    for which in (a.yaxis.set_major_formatter, a.yaxis.set_minor_formatter):
-        which("{x:g}")
     a.set_title("squared error")
     a.legend(fontsize=8, frameon=False)
-    at = round(0.6 * (central.times.size - 1))
     for i, text in enumerate(("accuracy", "output")):
         lines(b, lambda x, i=i: x.metrics["scores"][:, i])
-        height = float(central.metrics["scores"][at, i]) - 0.02
-        b.text(central.times[at], height, text, fontsize=8, va="top")
+        height = float(central.metrics["scores"][0, i])
+        b.text(0, height, f"{text} ", fontsize=8, ha="right", rotation=90, va="center")
     b.set_title("accuracy, and output at the right symbol")
 
     measured = np.isfinite(np.asarray(run.sharpness)[:, 0])
