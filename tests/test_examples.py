@@ -14,11 +14,21 @@ from centralflow.optimizers.rmsprop import SecondMoment
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {
+    "cnn": dict(widths=(2,), size=20, learning_rate=0.05, warm_start=3, steps=12),
     "learning_rates": dict(
         width=5, size=30, rates=(0.02, 0.05), warm_start=3, steps=12
     ),
     "own_network": dict(width=5, size=30, learning_rate=0.1, warm_start=3, steps=12),
     "own_optimizer": dict(width=5, size=30, learning_rate=1e-3, warm_start=3, steps=12),
+    "sorting_transformer": dict(
+        width=2,
+        size=10,
+        length=2,
+        vocabulary=2,
+        learning_rate=0.05,
+        warm_start=3,
+        steps=12,
+    ),
     "what_rmsprop_adapts_to": dict(width=5, size=30, warm_start=20, steps=12, every=6),
 }
 

@@ -87,6 +87,17 @@ def test_metrics_are_predicted_averages():
     np.testing.assert_allclose(flow.metrics["quadratic"][:, 0], sigma_sq, atol=1e-9)
 
 
+def test_metrics_of_models_with_other_leaves():
+    """Such as the booleans of `equinox.nn.MultiheadAttention`."""
+    model = dict(w=jnp.array([1.0, -1.0]), square=True)
+    value = lambda m: jnp.sum(m["w"] ** 2) if m["square"] else jnp.sum(m["w"])
+    problem = (cf.Objective(value), model, cf.GradientDescent(0.1), 2)
+    for fn in (cf.train, cf.predict):
+        trajectory = fn(*problem, metrics=dict(value=value))
+        ends = trajectory.metrics["value"][jnp.array([0, -1])]
+        np.testing.assert_allclose(ends, trajectory.mean_loss[jnp.array([0, -1])])
+
+
 def test_times_and_weight_times():
     objective, model = _problem()
     optimizer = cf.GradientDescent(0.2)
