@@ -33,7 +33,17 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)
+# The Transformer takes minutes to compile.
+SLOW = ("sorting_transformer",)
+
+
+def _paths():
+    for path in sorted(EXAMPLES.glob("*.py")):
+        marks = [pytest.mark.slow] if path.stem in SLOW else []
+        yield pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", list(_paths()))
 def test_example(path, tmp_path):
     main = runpy.run_path(str(path))["main"]
     figure = tmp_path / "figure.png"

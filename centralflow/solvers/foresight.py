@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 class _State(eqx.Module):
     inner: Any
+    end: Float[Array, ""]
     total: PyTree
     proposed: Float[Array, ""]  # the length of the next step
 
@@ -24,8 +25,9 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     at most so long that no row, at its last speed, exceeds the constraint by more than
     the tolerance allows.
 
-    The last step of an integration is cut to end there; the step `proposed` to go on
-    with is not.
+    The last step of an integration is cut to end there. Far shorter than those before
+    it, it would not resolve the multiplier; so the last two are made equal. The step
+    `proposed` to go on with is not cut.
 
     What a step cost is `work` of its error estimate: Diffrax returns to the old solver
     state when it rejects a step, but a controller sees each one. The total is in its
@@ -50,11 +52,12 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         return ForesightController(self.controller.wrap(direction))
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        end = jnp.asarray(t1)
         t1, inner = self.controller.init(
             terms, t0, t1, y0, dt0, args, func, error_order
         )
         zero = jax.tree.map(jnp.zeros_like, y0.observables["work"])
-        return t1, _State(inner, zero, t1 - t0)
+        return t1, _State(inner, end, zero, t1 - t0)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -74,5 +77,9 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         proposed, before = next_t1 - next_t0, controller_state.proposed
         cut = keep & (t1 - t0 < 0.99 * before)
         proposed = jnp.where(cut, jnp.maximum(proposed, before), proposed)
+        end = controller_state.end
+        left = end - next_t0
+        last_two = (next_t1 < end) & (left < 2 * (next_t1 - next_t0))
+        next_t1 = jnp.where(last_two, next_t0 + left / 2, next_t1)
         total = controller_state.total + y_error.observables["work"]
-        return keep, next_t0, next_t1, jump, _State(inner, total, proposed), result
+        return keep, next_t0, next_t1, jump, _State(inner, end, total, proposed), result
