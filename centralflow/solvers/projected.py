@@ -78,9 +78,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
         return 2
 
     def error_order(self, terms):
-        # Relative to the length of the step, of y: 2. But the error that decides is
-        # mostly a square of the constraint's violation, or measured to grow as fast.
-        return 4
+        # Relative to the length of the step, that of y is 2, and that of the square of a
+        # violation of the constraint is 4.
+        return 3
 
     def start(self, term, y0, previous: _State | None) -> tuple[Any, _State]:
         """y0 with its observables, and the solver state there; `previous` is that at
