@@ -33,8 +33,8 @@ SHORT = {
 }
 
 
-# The Transformer takes minutes to compile.
-SLOW = ("sorting_transformer",)
+# These take a minute or more to compile.
+SLOW = ("cnn", "sorting_transformer")
 
 
 def _paths():

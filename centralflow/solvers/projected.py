@@ -78,8 +78,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
         return 2
 
     def error_order(self, terms):
-        # Relative to the length of the step, y's is 2; that of the square of a violation
-        # of the constraint is 4.
+        # Relative to the length of the step, y's is 2, and that of the square of a
+        # violation of the constraint is 4.
         return 3
 
     def start(self, term, y0, previous: _State | None) -> tuple[Any, _State]:
