@@ -101,6 +101,7 @@ def top_eigenpairs(
     *,
     tolerance: float | Float[Array, ""],
     max_sweeps: int,
+    above: float | Float[Array, ""] = jnp.inf,
     key: PRNGKeyArray | None = None,
 ) -> Eigenpairs:
     """The algebraically largest eigenpairs of a symmetric operator A.
@@ -129,6 +130,7 @@ def top_eigenpairs(
         value|. (It must be relative: next to an operator with few large eigenvalues a
         random vector has a small residual, and a small Ritz value.)
     - `max_sweeps`: The largest number of sweeps.
+    - `above`: Pairs of larger Ritz values are wanted too, as far as `count` goes.
     - `key`: If given, the last of the `count` vectors is perturbed at random by a tenth
         of its length, and at least one sweep is done, which costs an application if
         there would have been none. Without, an eigenvector exactly orthogonal to
@@ -196,6 +198,7 @@ def top_eigenpairs(
         defects = vector_images - jnp.where(spanned, θ, 0)[:, None] * vectors
         residuals = jnp.where(spanned, jnp.linalg.norm(defects, axis=1), jnp.inf)
         bound = tolerance * jnp.max(jnp.abs(jnp.where(spanned, θ, 0)))
+        is_wanted = (row < wanted) | ((row < count) & spanned & (θ > above))
         pairs = Eigenpairs(
             values=jnp.where(spanned, θ, -jnp.inf),
             vectors=vectors,
@@ -203,7 +206,7 @@ def top_eigenpairs(
             residuals=residuals,
             products=state.pairs.products + rank,
             sweeps=state.pairs.sweeps + 1,
-            converged=jnp.all((residuals <= bound) | (row >= wanted)),
+            converged=jnp.all((residuals <= bound) | ~is_wanted),
         )
 
         # One search direction per wanted pair: fewer at a time converge no faster from
@@ -213,12 +216,12 @@ def top_eigenpairs(
         missing = size < count  # the start was deficient: fill up by random directions
         probe = (pairs.sweeps == 0) & (key is not None)
         large = residuals > bound
-        is_guard = spanned & (large | probe) & (row >= wanted) & (row < count)
+        is_guard = spanned & (large | probe) & ~is_wanted & (row < count)
         worst = row == jnp.argmax(jnp.where(is_guard, residuals, -1))
         directions = _unit(jnp.where(spanned[:, None], defects, 0))
         guard = jnp.sum(jnp.where((is_guard & worst)[:, None], directions, 0), axis=0)
         noise = lax.cond(missing, random, lambda i: jnp.zeros(n, dtype), pairs.sweeps)
-        wanted_directions = jnp.where((large & (row < wanted))[:, None], directions, 0)
+        wanted_directions = jnp.where((large & is_wanted)[:, None], directions, 0)
         search = jnp.concatenate([wanted_directions, _unit((guard + noise)[None])])
 
         # Restart from the Ritz vectors and from what the previous ones, as of one sweep

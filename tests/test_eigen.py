@@ -331,3 +331,18 @@ def test_vmap():
         w = wanted[i]
         np.testing.assert_allclose(batch.values[i][:w], single.values[:w], atol=1e-3)
         assert abs(int(batch.products[i]) - int(single.products)) <= 2
+
+
+@pytest.mark.usefixtures("x64")
+def test_pairs_above_a_value_are_wanted_too():
+    """Among the first `count`; the others stay guards."""
+    matrix = jnp.asarray(symmetric(SPECTRA["separated"]))  # 2, 1.9, 1.5, 1.2, 0.8
+    start = jax.random.normal(jax.random.key(0), (4, 200))
+    find = lambda above: top_eigenpairs(
+        rows_of(matrix), start, 4, 1, tolerance=1e-8, max_sweeps=200, above=above
+    )
+    residuals = lambda above: np.asarray(find(above).residuals) / 2
+    assert find(1.4).converged
+    for above, wanted in ((1.4, 3), (jnp.inf, 1), (0.0, 4)):
+        found = residuals(above) <= 1e-8
+        np.testing.assert_array_equal(found, np.arange(4) < wanted)

@@ -144,3 +144,15 @@ def test_orthonormal_in_float32(seed):
     space = _lanczos(A, v, MOST, jnp.float32)
     _check_orthonormal(space, MOST, atol=20 * np.finfo(np.float32).eps)
     assert np.max(space.nodes) <= 10 * (1 + 1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("count", [1, 3, MOST])
+def test_residuals_of_the_eigenvectors(count):
+    _, A, v = _matrix(np.linspace(-1, 1, SIZE))
+    space = _lanczos(A, v, count)
+    vectors = np.asarray(space.vectors.T @ space.basis)
+    residuals = np.linalg.norm(vectors @ A - space.nodes[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(space.residuals, residuals, atol=1e-13)
+    assert space.size == count
+    assert np.max(residuals) > 0.05

@@ -109,11 +109,11 @@ def test_two_eigenvalues_become_critical_one_after_the_other():
     expected = np.minimum(y0 + eta * np.outer(times, b), 2 / eta)
     # C is linear here, so what is posed on the end of a step holds there: exact at the
     # end, and between it but for the steps in which an eigenvalue becomes critical.
-    # There the mean rate is right and the corner is cut.
+    # There the mean rate is right and the corner is cut: from 49 to 64 in the second.
     np.testing.assert_allclose(Y[:, [0, 1], [0, 1]], expected, atol=0.02)
     np.testing.assert_allclose(Y[-1, [0, 1], [0, 1]], expected[-1], atol=1e-6)
     np.testing.assert_allclose(Y[:, 0, 1], 0, atol=1e-6)
-    np.testing.assert_allclose(flow.oscillation[50, :2], [2 * b[0] / eta, 0], atol=1e-3)
+    np.testing.assert_allclose(flow.oscillation[45, :2], [2 * b[0] / eta, 0], atol=1e-6)
     np.testing.assert_allclose(flow.oscillation[-1, :2], 2 * b / eta, rtol=1e-4)
 
 

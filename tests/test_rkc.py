@@ -81,22 +81,6 @@ def test_the_exponential_to_third_order(name):
     np.testing.assert_allclose(R_error, error, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LENGTHS)
-def test_response(name):
-    """The end of y' = z y + 1 from y = 0, of the step itself."""
-    R, interval = _polynomial(name)
-    z = np.concatenate([-np.linspace(0, interval, 500), -np.geomspace(1e-4, 1, 100)])
-    z = np.concatenate([z, np.linspace(0.11, 3, 20)])
-    zero, dt = jnp.zeros(z.size), jnp.ones(())
-    step = rkc2(lambda y: z * y + 1, zero, zero + 1, dt, R)
-    error = np.abs(R.response(jnp.asarray(z)) - step)
-    near = np.abs(z) < 0.1
-    rounding = float(R.stages) ** 2 * 2.3e-16
-    assert np.all(error[~near] < 10 * rounding)  # divided by z
-    # Near zero it is phi_1's series, whose z^2/6 is here between none and all of it.
-    assert np.all(error[near] <= z[near] ** 2 / 6 + rounding)
-
-
 @pytest.mark.parametrize("name", ["smallest", "middle"])
 def test_second_order_on_a_nonlinear_problem(name):
     rng = np.random.default_rng(0)

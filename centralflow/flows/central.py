@@ -175,7 +175,11 @@ class CentralFlow(AbstractFlow):
             if expansion.eigenvectors.shape[0] == self.block_size:
                 return y, previous
         if self.substeps is None:
-            return self.solver().start(term, y, previous)
+            y, state = self.solver().start(term, y, previous)
+            if previous is not None:  # X, and so how many are held, is not known yet
+                held = previous.expansion.held
+                state = eqx.tree_at(lambda s: s.expansion.held, state, held)
+            return y, state
         return self.solver().start(term, y, 1 / self.substeps, previous)
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:

@@ -22,15 +22,17 @@ from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..precision import full_precision
 from ..solvers import AbstractStiffComplementarityTerm, Step
-from ..solvers.rkc import Polynomial
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
+from .stiff_modes import StiffModes, none_known
 
 # Eigenvectors tracked beyond the critical ones, so that the next to become critical is
 # known before it does.
 GUARDS = 2
+# By how much slowed modes may be faster than they should, for having turned in a step.
+_TURNED = 1.3
 
 _matmul = full_precision(jnp.matmul)
 
@@ -105,8 +107,11 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     def count_critical(self, sharpness: Float[Array, " k"]) -> Int[Array, ""]:
         """How many eigenvalues are so near the critical one that they may reach it
         before the eigenvectors are computed anew."""
-        limit = (1 - self.margin) * self.optimizer.critical_sharpness
-        return jnp.sum(sharpness > limit, dtype=jnp.int32)
+        return jnp.sum(sharpness > self.edge, dtype=jnp.int32)
+
+    @property
+    def edge(self) -> Float[Array, ""]:
+        return (1 - self.margin) * self.optimizer.critical_sharpness
 
     # The observables, and what the oscillations add to them, to second order in delta.
 
@@ -250,27 +255,30 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             wanted,
             tolerance=self.eigen_tolerance.astype(w.dtype),
             max_sweeps=sweeps,
+            above=self.edge,
             # Looks for eigenvectors that a symmetry hides from those tracked.
             key=jr.fold_in(jr.key(1), calls),
         )
-        critical = self.count_critical(pairs.values)
+        critical = jnp.minimum(self.count_critical(pairs.values), count)
+        known = jnp.maximum(wanted, critical)
         # There may be fewer eigenvalues than rows.
         exists = jnp.isfinite(pairs.values)
         sharpness = jnp.where(exists, pairs.values, 0)
         residual = jnp.max(
-            jnp.where((jnp.arange(k) < wanted) & exists, pairs.residuals, 0)
+            jnp.where((jnp.arange(k) < known) & exists, pairs.residuals, 0)
         )
         largest = jnp.max(jnp.abs(sharpness))
         residual = residual / jnp.where(largest > 0, largest, 1)
         return Expansion(
             slope=Slope(jnp.zeros((), w.dtype), jnp.zeros_like(w)),
             sharpness=sharpness,
+            residuals=jnp.where(exists, pairs.residuals, 0),
             eigenvectors=pairs.vectors / jnp.sqrt(P),
             hessian=jnp.diag(sharpness),
             gram=jnp.eye(k, dtype=w.dtype),
             forces=jnp.zeros((k * (k + 1) // 2, w.size), w.dtype),
             tracked=jnp.asarray(count, jnp.int32),
-            known=jnp.maximum(wanted, critical),
+            known=known,
             critical=critical,
             held=jnp.int32(0),
             turned=jnp.zeros((), w.dtype),
@@ -287,15 +295,25 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     # Long steps.
 
     @full_precision
-    def reach(self, y: FlowState, rate: FlowState, e: Expansion, dt):
+    def reach(
+        self,
+        y: FlowState,
+        rate: FlowState,
+        e: Expansion,
+        stiff: StiffModes,
+        dt: Float[Array, ""],
+    ) -> Float[Array, ""]:
         # P may fall in the step, the decay of the learning rate or of nu permitting.
         U = e.eigenvectors
         seen = (jnp.arange(self.block_size) < e.tracked) & (e.sharpness > 0)
 
+        slowness = stiff.slowness(e.sharpness, dt)
+        sharpness = e.sharpness * jnp.minimum(_TURNED * slowness, 1)
+
         def largest(share):
             state = relaxed_state(self.optimizer, y, rate, share * dt)
             P = self.optimizer.preconditioner(state)
-            return jnp.max(jnp.where(seen, e.sharpness / jnp.sum(U * P * U, 1), 0))
+            return jnp.max(jnp.where(seen, sharpness / jnp.sum(U * P * U, 1), 0))
 
         shares = jnp.linspace(0, 1, 17, dtype=dt.dtype)
         rates = [0.1 * self.optimizer.critical_sharpness]  # at least
@@ -330,12 +348,29 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         work = e.work + Work(third_derivatives=critical * (critical + 1) // 2)
         return dataclasses.replace(e, critical=critical, forces=forces, work=work)
 
+    def no_stiff_modes(self, y: FlowState) -> StiffModes:
+        return none_known(y.weights.size, y.weights.dtype)
+
+    def slowed(
+        self,
+        y: FlowState,
+        slope: Slope,
+        rate: FlowState,
+        stiff: StiffModes,
+        dt: Float[Array, ""],
+    ) -> FlowState:
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        weights = stiff.slowed(rate.weights, P, dt)
+        rate = FlowState(weights, rate.optimizer_state, rate.observables)
+        rate.observables["smooth"]["loss"] = slope.gradient @ weights
+        return rate
+
     def responder(
-        self, y: FlowState, e: Expansion, dt: Float[Array, ""], R: Polynomial
-    ) -> tuple[Response, Expansion]:
+        self, y: FlowState, e: Expansion, dt: Float[Array, ""]
+    ) -> tuple[Response, StiffModes, Expansion]:
         active = jnp.arange(self.block_size) < e.critical
         force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
-        return responder(self.objective, self.optimizer, y, e, force, dt, R)
+        return responder(self.objective, self.optimizer, y, e, force, dt)
 
     def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
@@ -368,6 +403,11 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             turned=jnp.sqrt(turned),
             work=e.work + work,
         )
+
+    def settled(
+        self, before: Expansion, after: Expansion, onset: Float[Array, ""]
+    ) -> Bool[Array, ""]:
+        return (after.held > 0) & ((before.held == after.held) | (onset > 0))
 
     def onset(self, before: Expansion, predicted: Expansion) -> Float[Array, ""]:
         left = self.optimizer.critical_sharpness - before.sharpness[0]

@@ -23,10 +23,11 @@ class Expansion(eqx.Module):
 
     `eigenvectors` holds U, whatever Ritz vectors there are, of which the first
     `tracked` are followed, the first `known` have converged, and the first `critical`
-    may become tight. `hessian` is U H U' and `gram` is U P U', the identity where the
-    eigenvectors were computed; `sharpness` holds the eigenvalues of the two. Row
-    i (i + 1) / 2 + j of `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical
-    u_i and u_j; after a step it may be empty. `held` is the rank of X.
+    may become tight; `residuals` are those of P^-1/2 H P^-1/2. `hessian` is U H U' and
+    `gram` is U P U', the identity where the eigenvectors were computed; `sharpness`
+    holds the eigenvalues of the two. Row i (i + 1) / 2 + j of `forces` is
+    D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a step it may
+    be empty. `held` is the rank of X.
 
     Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
     `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. `turned` is
@@ -36,6 +37,7 @@ class Expansion(eqx.Module):
 
     slope: Slope
     sharpness: Float[Array, " k"]
+    residuals: Float[Array, " k"]
     eigenvectors: Float[Array, "k n"]
     hessian: Float[Array, "k k"]
     gram: Float[Array, "k k"]

@@ -1,48 +1,56 @@
 """How the end of a long step answers to a change of the oscillations in it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..krylov import Krylov, krylov
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..precision import full_precision
-from ..solvers.rkc import Polynomial
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing
+from .stiff_modes import StiffModes, stiff_modes
 
 # The most Hessian-vector products spent on the modes that are not tracked: for the
 # response, and to damp an error estimate, which need not be as exact.
 _KRYLOV, _DAMPED = 48, 12
+# Of the Krylov space's first vector: without, it has no part along eigenvectors that
+# the forcing does not push, however large their eigenvalues.
+_NOISE = 1e-3
 
 _matmul = full_precision(jnp.matmul)
 
 
 class Response(eqx.Module):
-    """The change of the end of a step that a constant change of the forcing makes:
+    """The change of the end of a step that a change of the forcing makes in it: one
+    that is constant, or one that is linear and zero at the middle,
 
-        dw = dt psi(-dt P^-1 H) dw/dt,      ds = dt phi_1(dt J) ds/dt,
+        dw = dt f(-dt P^-1 H) dw/dt,      ds = dt f(dt J) ds/dt,
 
-    with psi(z) = (R(z) - 1)/z the response of the Runge-Kutta step, which is close to
-    phi_1, and J the decay of the optimizer state. psi is exact along the tracked
-    eigenvectors V of P^-1/2 H P^-1/2; exact to the degree of the Krylov space in one
-    direction across them, that of the forcing; and its mean there, psi_0, in the other
-    directions.
+    with f = phi_1 or f = chi, dw/dt and ds/dt at the end of the step, and J the decay
+    of the optimizer state. f is exact along the tracked eigenvectors V of
+    P^-1/2 H P^-1/2; exact to the degree of the Krylov space in one direction across
+    them, that of the forcing; and its mean there in the other directions.
     """
 
     optimizer: AbstractOptimizer
     y: FlowState
     dt: Float[Array, ""]
     eigenvectors: Float[Array, "k n"]
-    along: Float[Array, " k"]
+    values: Float[Array, " k"]
     space: Krylov
-    across: Float[Array, " m"]  # psi applied to the first vector of the space
 
-    def __call__(self, change: Forcing) -> FlowState:
+    def __call__(self, constant: Forcing, linear: Forcing) -> FlowState:
+        parts = self._part(phi_1, constant), self._part(chi, linear)
+        return jax.tree.map(jnp.add, *parts)
+
+    def _part(self, function: Callable, change: Forcing) -> FlowState:
         zero, s = jnp.zeros_like(change.gradient), self.y.optimizer_state
         velocity = lambda g: self.optimizer.velocity(self.y.weights, s, g)
         _, dw = jax.jvp(velocity, (zero,), (change.gradient,))
@@ -50,14 +58,16 @@ class Response(eqx.Module):
         moments = (change.gradient, change.gradient_sq)
         _, ds = jax.jvp(rate, (zero, zero), moments)
         decay = state_decay(self.optimizer, self.y)
-        ds = jax.tree.map(lambda d, j: self.dt * phi_1(self.dt * j) * d, ds, decay)
+        ds = jax.tree.map(lambda d, j: self.dt * function(self.dt * j) * d, ds, decay)
 
+        f = lambda values: function(jnp.minimum(-self.dt * values, 3))
+        across = self.space.coefficients(f)
         root = jnp.sqrt(self.optimizer.preconditioner(s))
-        v, V, psi_0 = root * dw, self.eigenvectors, self.across[0]
-        tracked = _matmul((self.along - psi_0) * _matmul(V, v), V)
+        v, V, mean = root * dw, self.eigenvectors, across[0]
+        tracked = _matmul((f(self.values) - mean) * _matmul(V, v), V)
         push = jnp.dot(self.space.basis[0], v, precision="highest")
-        others = push * _matmul(self.across.at[0].set(0), self.space.basis)
-        weights = self.dt * (psi_0 * v + tracked + others) / root
+        others = push * _matmul(across.at[0].set(0), self.space.basis)
+        weights = self.dt * (mean * v + tracked + others) / root
         return FlowState(weights, ds, jax.tree.map(jnp.zeros_like, self.y.observables))
 
 
@@ -96,22 +106,24 @@ def responder(
     e: Expansion,
     force: Float[Array, " n"],
     dt: Float[Array, ""],
-    R: Polynomial,
-) -> tuple[Response, Expansion]:
-    """The response at y, with a Krylov space of `force`; and the expansion, with the
-    work counted."""
+) -> tuple[Response, StiffModes, Expansion]:
+    """The response at y, with a Krylov space of `force`; what that shows of the fastest
+    modes; and the expansion, with the work counted."""
     modes = _Modes(objective, optimizer, y, e)
-    # psi(-dt lambda) is close to 1/(dt lambda) down to lambda = 1/dt, and the force has
-    # components at all rates. That takes about sqrt(kappa dt) products; with 0.4 times
-    # that a part in ten of the response is missed at dt = 50, 200, 1,000 and 4,000. If
-    # it were much more then X would overshoot, back and forth from step to step.
-    count = jnp.floor(2 + 0.4 * jnp.sqrt(dt * optimizer.critical_sharpness))
+    # phi_1(-dt lambda) is close to 1/(dt lambda) down to lambda = 1/dt, and the force
+    # has components at all rates. That takes about sqrt(kappa dt) products; with 0.3
+    # times that a part in ten of the response is missed at long steps. If it were much
+    # more then X would overshoot, back and forth from step to step.
+    count = jnp.floor(2 + 0.3 * jnp.sqrt(dt * optimizer.critical_sharpness))
     count = jnp.where(e.critical > 0, jnp.minimum(count, _KRYLOV), 0).astype(jnp.int32)
-    space, _ = modes.space(force / modes.root, count, _KRYLOV)
-    psi = lambda values: R.response(jnp.minimum(-dt * values, 3))
-    along, across = psi(e.sharpness), space.coefficients(psi)
-    response = Response(optimizer, y, dt, modes.eigenvectors, along, space, across)
-    return response, dataclasses.replace(e, work=e.work + Work(hvps=count))
+    v = force / modes.root
+    noise = jr.normal(jr.fold_in(jr.key(2), e.calls), v.shape, v.dtype)
+    noise = _NOISE * jnp.linalg.norm(v) / jnp.sqrt(v.size) * noise
+    space, _ = modes.space(v + noise, count, _KRYLOV)
+    V, values = modes.eigenvectors, e.sharpness
+    response = Response(optimizer, y, dt, V, values, space)
+    stiff = stiff_modes(V, values, e.residuals, e.tracked, space)
+    return response, stiff, dataclasses.replace(e, work=e.work + Work(hvps=count))
 
 
 def damped(
@@ -144,6 +156,15 @@ def phi_1(z: Array) -> Array:
     """(e^z - 1) / z."""
     small = jnp.abs(z) < 1e-3
     return jnp.where(small, 1 + z / 2, jnp.expm1(z) / jnp.where(small, 1, z))
+
+
+def chi(z: Array) -> Array:
+    """phi_2(z) - phi_1(z) / 2, with phi_2(z) = (phi_1(z) - 1) / z: the end of
+    y' = z y + t - 1/2 from y = 0, at t = 1."""
+    small = jnp.abs(z) < 0.2
+    series = -z / 12 * (1 + z / 2 + 3 * z**2 / 20 + z**3 / 30 + z**4 / 168)
+    safe = jnp.where(small, 1, z)
+    return jnp.where(small, series, (phi_1(z) - 1) / safe - phi_1(z) / 2)
 
 
 def state_decay(optimizer: AbstractOptimizer, y: FlowState) -> PyTree[Array]:

@@ -65,6 +65,13 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state.inner
         )
+        # A step that cannot be made shorter: the next is the same in this precision.
+        after = lambda t0, t1: jnp.maximum(t1, jnp.nextafter(t0, jnp.inf))
+        next_t1 = after(next_t0, next_t1)
+        shortest = ~keep & (next_t1 >= t1)
+        keep = keep | shortest
+        next_t0 = jnp.where(shortest, t1, next_t0)
+        next_t1 = jnp.where(shortest, t1 + (t1 - t0), next_t1)
         left, speed = y_error.observables["approach"]
         allowed = 0.7 * jnp.sqrt(self.atol)
         longest = jnp.min(
@@ -74,6 +81,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         )
         longest = jnp.maximum(longest, self.controller.dtmin)
         next_t1 = jnp.where(keep, jnp.minimum(next_t1, next_t0 + longest), next_t1)
+        next_t1 = after(next_t0, next_t1)
         proposed, before = next_t1 - next_t0, controller_state.proposed
         cut = keep & (t1 - t0 < 0.99 * before)
         proposed = jnp.where(cut, jnp.maximum(proposed, before), proposed)

@@ -25,8 +25,11 @@ class _State(eqx.Module):
     expansion: Any
     before: Any  # the expansion one step earlier
     y_before: Any  # and the state
-    forcing: PyTree[Array]
+    mean_forcing: PyTree[Array]  # over the last step
+    forcing: PyTree[Array]  # at its end
+    stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
+    memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
     oscillating: PyTree[Array]  # the observables of X, as means over the last step
 
@@ -36,34 +39,37 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
     A step of a length dt that may be long next to the time of the fastest modes is
 
-    1. a Runge-Kutta-Chebyshev step of y' = f(y, F), F the forcing of the step before;
+    1. a Runge-Kutta-Chebyshev step of y' = f(y, F), F the forcing at its start, with
+       the fastest modes slowed down as far as they stay in equilibrium;
     2. the expansion at its end: the constraint C, which of its rows may be tight, Phi;
-    3. the multiplier X: with R the response of the end to a change of the forcing,
+    3. the multiplier X at the end. The forcing F(t) is taken as linear, with the end
+       Phi[X] and the slope between the means of this step and the last; or, where the
+       set of tight rows has just changed, as constant. With R the response of the end
+       to a change of the forcing,
 
-            0 <= X  perpendicular to  C + C' R[Phi[X] - F] >= 0,
+            0 <= X  perpendicular to  C + C' R[F(t) - F] >= 0,
 
         a semidefinite complementarity problem;
 
-    4. the corrected end y + R[Phi[X] - F], the constraint there, and Phi[X] for the
-        next step.
+    4. the corrected end y + R[F(t) - F], and the constraint there.
 
-    X is the mean of the multiplier over the step, so of second order at its middle; the
-    end of the step is of second order too. What the linearization leaves of the
-    constraint is of second order in the *correction*, not in the step, and which rows
-    become tight need not be foreseen: the prediction shows it.
+    Both y and X are of second order. (Linear from its *end* in the last step, the
+    forcing would be that of the trapezoidal rule: of second order too, but the part
+    that acts on slow modes would change its sign from step to step, undamped.) What the
+    linearization leaves of the constraint is of second order in the *correction*, not
+    in the step, and which rows become tight need not be foreseen: the prediction shows
+    it.
 
-    How long the steps can be is decided by R. A mode of rate lambda answers with
-    dt phi_1(-dt lambda), phi_1(z) = (e^z - 1)/z, or rather with what the Runge-Kutta
-    step makes of it. Were it taken to be dt for all modes, then each change of X would
-    throw the stiff ones off by a factor dt lambda, and X would lag behind what the
-    constraint asks for; were it that of the mean rate, X would overshoot from step to
-    step.
+    How long the steps can be is decided by R. A mode of rate lambda answers to a
+    constant change with dt phi_1(-dt lambda), phi_1(z) = (e^z - 1)/z. Were that taken
+    to be dt for all modes, then each change of X would throw the stiff ones off by a
+    factor dt lambda, and X would lag behind what the constraint asks for; were it that
+    of the mean rate, X would overshoot from step to step.
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    means over steps; within one they are taken as linear, with the slope between the
-    middles of the last two, or, where the first row becomes tight, as a jump. `error`,
-    `approach` and `work` of a step travel in its error estimate, where a step-size
-    controller sees them, of rejected steps too.
+    linear in a step, as the forcing; or, where the first row becomes tight, jump.
+    `error`, `approach` and `work` of a step travel in its error estimate, where a
+    step-size controller sees them, of rejected steps too.
 
     A step whose end is not finite, or not right in any digit, has an infinite error. If
     it is accepted for being the shortest that a controller permits, the integration
@@ -91,14 +97,27 @@ class ProjectedRKC(diffrax.AbstractSolver):
         X = jnp.zeros_like(C)
         e = term.complete(y0, e, X, 1, jnp.bool_(True))
         if previous is None:
-            forcing = term.forcing(y0, first, X)
+            mean = forcing = term.forcing(y0, first, X)
             excess = jnp.maximum(jnp.max(-jnp.diag(C)), 0)
         else:
-            forcing, excess = previous.forcing, previous.excess
+            mean, forcing = previous.mean_forcing, previous.forcing
+            excess = previous.excess
         y0 = term.record(y0, e, X)
         oscillating = y0.observables["oscillating"]
+        stiff = term.no_stiff_modes(y0) if previous is None else previous.stiff
         dt = jnp.zeros_like(excess)
-        return y0, _State(e, e, y0, forcing, dt, excess, oscillating)
+        return y0, _State(
+            e,
+            e,
+            y0,
+            mean,
+            forcing,
+            stiff,
+            dt=dt,
+            memory=dt,
+            excess=excess,
+            oscillating=oscillating,
+        )
 
     def init(self, terms, t0, t1, y0, args) -> _State:
         return self.start(terms.term, y0, None)[1]
@@ -111,16 +130,19 @@ class ProjectedRKC(diffrax.AbstractSolver):
         subtract = lambda a, b: tree_map(jnp.subtract, a, b)
 
         # 1. The prediction.
-        rate0 = term.rate(y0, s.expansion.slope, s.forcing)
-        reach = term.reach(y0, rate0, s.expansion, dt)
+        def rate_of(y, slope, forcing):
+            return term.slowed(y, slope, term.rate(y, slope, forcing), s.stiff, dt)
+
+        rate0 = rate_of(y0, s.expansion.slope, s.forcing)
+        reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
         R, longest = polynomial(reach)
-        rate = lambda y: term.rate(y, term.slope(y), s.forcing)
+        rate = lambda y: rate_of(y, term.slope(y), s.forcing)
         predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
         e = term.expand_ahead(predicted, s.expansion, s.before, ratio)
-        respond, e = term.responder(predicted, e, dt, R)
+        respond, stiff, e = term.responder(predicted, e, dt)
         C = term.constraint(e)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
@@ -128,9 +150,23 @@ class ProjectedRKC(diffrax.AbstractSolver):
         slack = slack * jnp.eye(C.shape[0], dtype=C.dtype)
 
         # 3. The multiplier.
+        # A linear function of mean m1 over dt, and m0 over the dt0 before, ends at
+        # m1 + (m1 - m0) dt / (dt + dt0).
+        onset = term.onset(s.expansion, e)
+        rho = jnp.where((s.memory > 0) & (onset == 0), dt / (dt + s.memory), 0)
+        usable = lambda before: (rho > 0) & jnp.isfinite(before)
+        mean = lambda last, before: tree_map(
+            lambda a, b: jnp.where(usable(b), (a + rho * b) / (1 + rho), a),
+            last,
+            before,
+        )
+        start = lambda mean, end: tree_map(lambda m, a: 2 * m - a, mean, end)
+
         def correction(X):
             forcing = term.forcing(predicted, e, X)
-            return respond(subtract(forcing, s.forcing))
+            average = mean(forcing, s.mean_forcing)
+            rise = subtract(forcing, start(average, forcing))
+            return respond(subtract(average, s.forcing), rise)
 
         end = lambda X: C + term.constraint_rate(predicted, e, correction(X))
         solution = multiplier(lambda X: end(X) + slack, term.active(e), C)
@@ -143,8 +179,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
         y1 = term.record(y1, e1, X)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
-        rate0 = term.rate(y0, s.expansion.slope, forcing)
-        rate1 = term.rate(y1, e1.slope, forcing)
+        mean_forcing = mean(forcing, s.mean_forcing)
+        first = start(mean_forcing, forcing)
+        rate0 = rate_of(y0, s.expansion.slope, first)
+        rate1 = rate_of(y1, e1.slope, forcing)
         defect = tree_map(
             lambda a, b, r0, r1: 0.8 * (a - b) + 0.4 * dt * (r0 + r1),
             y0, y1, rate0, rate1,
@@ -169,27 +207,22 @@ class ProjectedRKC(diffrax.AbstractSolver):
         good = term.is_finite(y1, e1) & (error < 1) & (reach <= longest)
         error = jnp.where(good, error, jnp.inf)
 
-        # The observables of X, linear in the step and of one sign; or zero up to the
-        # onset and constant thereafter.
-        onset = term.onset(s.expansion, e)
-        mean = tree_map(lambda x: x / (1 - onset), y1.observables["oscillating"])
-        share = jnp.where((s.dt > 0) & (onset == 0), dt / (dt + s.dt), 0)
-        half = lambda new, old: jnp.clip(
-            share * (new - old), -jnp.abs(new), jnp.abs(new)
-        )
-        halves = tree_map(half, mean, s.oscillating)
-        oscillating = lambda y, value: eqx.tree_at(
+        # The observables of X, linear in the step; or zero up to the onset and
+        # constant thereafter.
+        within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
+        last = within(y1.observables["oscillating"])
+        oscillating = mean(last, s.oscillating)
+        put = lambda y, value: eqx.tree_at(
             lambda y: y.observables["oscillating"], y, value
         )
-        start = oscillating(y0, subtract(mean, halves))
-        y1 = oscillating(y1, add(mean, halves))
+        y1 = put(y1, last)
         y_error = eqx.tree_at(
             lambda y: [y.observables[k] for k in ("error", "approach", "work")],
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
         info = dict(
-            y0=start,
+            y0=put(y0, start(oscillating, last)),
             y1=y1,
             rate0=rate0,
             rate1=rate1,
@@ -197,7 +230,19 @@ class ProjectedRKC(diffrax.AbstractSolver):
             ratio=s.dt / dt,
             onset=onset,
         )
-        state = _State(e1, s.expansion, y0, forcing, dt, excess, mean)
+        settled = term.settled(s.expansion, e1, onset)
+        state = _State(
+            e1,
+            s.expansion,
+            y0,
+            within(mean_forcing),
+            within(forcing),
+            stiff,
+            dt,
+            jnp.where(settled, dt * (1 - onset), 0),
+            excess,
+            oscillating,
+        )
 
         keep = lambda new, old: jnp.where(good, new, old)
         y1, state = tree_map(keep, (y1, state), (y0, s))

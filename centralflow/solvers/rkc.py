@@ -41,14 +41,6 @@ class Polynomial(eqx.Module):
         outside = jnp.cosh(self.stages * jnp.arccosh(jnp.maximum(x, 1)))
         return self.a + self.b * jnp.where(x <= 1, inside, outside)
 
-    def response(self, z: Float[Array, " k"]) -> Float[Array, " k"]:
-        """(R(z) - 1) / z: the end of y' = z y + 1 from y = 0. That of the exact
-        solution is phi_1(z) = (e^z - 1) / z."""
-        small = jnp.abs(z) < 0.1  # where R - 1 would cancel
-        return jnp.where(
-            small, 1 + z / 2 + z**2 / 6, (self(z) - 1) / jnp.where(small, 1, z)
-        )
-
 
 def polynomial(length: Float[Array, ""]) -> tuple[Polynomial, Float[Array, ""]]:
     """The cheapest polynomial that is stable on [-length, 0], and the length of the

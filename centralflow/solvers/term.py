@@ -9,8 +9,6 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .rkc import Polynomial
-
 
 class AbstractComplementarityTerm(diffrax.AbstractTerm):
     """The differential equation with a semidefinite complementarity constraint
@@ -92,8 +90,26 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
     fastest modes need. The eigenvalues of df/dy are real, or nearly so."""
 
     @abc.abstractmethod
-    def reach(self, y: PyTree, rate: PyTree, expansion: Any, dt) -> Float[Array, ""]:
-        """A bound on -dt times the eigenvalues of df/dy in a step from y."""
+    def no_stiff_modes(self, y: PyTree) -> Any:
+        """What is known of the fastest modes of df/dy at first: nothing."""
+
+    @abc.abstractmethod
+    def slowed(
+        self, y: PyTree, slope: Any, rate: PyTree, stiff: Any, dt: Float[Array, ""]
+    ) -> PyTree:
+        """The rate at y with the fastest modes slowed down: still in equilibrium after
+        a small part of dt."""
+
+    @abc.abstractmethod
+    def reach(
+        self,
+        y: PyTree,
+        rate: PyTree,
+        expansion: Any,
+        stiff: Any,
+        dt: Float[Array, ""],
+    ) -> Float[Array, ""]:
+        """A bound on -dt times the eigenvalues of df/dy, slowed, in a step from y."""
 
     @abc.abstractmethod
     def expand_ahead(
@@ -105,10 +121,11 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def responder(
-        self, y: PyTree, expansion: Any, dt: Float[Array, ""], R: Polynomial
-    ) -> tuple[Callable[[PyTree], PyTree], Any]:
-        """A linear function: what a constant change of the forcing in a step does to
-        its end, y; and the expansion, with the work for that counted."""
+        self, y: PyTree, expansion: Any, dt: Float[Array, ""]
+    ) -> tuple[Callable[[PyTree, PyTree], PyTree], Any, Any]:
+        """A linear function: what a change of the forcing in a step does to its end, y,
+        if it is constant, and if it rises by so much and is zero at the middle. What
+        that shows of the fastest modes. The expansion, with the work counted."""
 
     @abc.abstractmethod
     def complete(
@@ -122,6 +139,13 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         """The expansion at the corrected end y of a step, from that at the predicted
         one: its `slope`, and C on the rows that may be tight. X, the number of stages
         and whether the complementarity problem converged are for the record."""
+
+    @abc.abstractmethod
+    def settled(
+        self, before: Any, after: Any, onset: Float[Array, ""]
+    ) -> Bool[Array, ""]:
+        """Whether as many rows were tight at the start of a step, or from the onset on,
+        as at its end."""
 
     @abc.abstractmethod
     def onset(self, before: Any, predicted: Any) -> Float[Array, ""]:
