@@ -51,19 +51,18 @@ def test_a_step_is_the_stability_polynomial(name):
     step = y0 + rkc2(lambda y: z * y, y0, jnp.asarray(z), jnp.ones(()), R)
     # Rounding errors of the recurrence grow like s^2 eps, here up to 6e-11.
     rounding = dict(rtol=1e-12, atol=float(R.stages) ** 2 * 2.3e-16)
-    np.testing.assert_allclose(R(jnp.asarray(z)), expected(z), **rounding)
     np.testing.assert_allclose(step, expected(z), **rounding)
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_stable_on_the_interval_and_not_far_beyond(name):
     R, interval = _polynomial(name)
-    z = -jnp.linspace(0, interval, 20001)
-    assert jnp.max(jnp.abs(R(z))) <= 1 + 1e-11  # R(0), rounded
+    z = -np.linspace(0, interval, 20001)
+    expected, _ = _stability_polynomial(R)
+    assert np.max(np.abs(expected(z))) <= 1 + 1e-11  # R(0), rounded
     # Past a tenth of the interval a mode is left with 0.38 and ripples of 0.11.
     if name != "smallest":
-        assert jnp.max(jnp.abs(R(z[2001:]))) < 0.5
-    expected, _ = _stability_polynomial(R)
+        assert np.max(np.abs(expected(z[2001:]))) < 0.5
     # R of two stages is stable to -2, beyond what it is used for.
     beyond = 2.01 if name == "smallest" else 1.1 * interval
     assert abs(expected(-beyond)) > 1
@@ -77,8 +76,6 @@ def test_the_exponential_to_third_order(name):
     error = np.abs(expected(z) - (1 + z + z**2 / 2)) / np.abs(z) ** 3
     # Zero with two stages, where R is that polynomial, and never above the 1/6 of e^z.
     assert np.all(error < 1 / 6)
-    R_error = np.abs(R(jnp.asarray(z)) - (1 + z + z**2 / 2)) / np.abs(z) ** 3
-    np.testing.assert_allclose(R_error, error, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["smallest", "middle"])

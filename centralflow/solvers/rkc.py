@@ -25,21 +25,12 @@ _STAGES = np.unique(np.round(2 * 1.12 ** np.arange(50)).astype(int))
 
 
 class Polynomial(eqx.Module):
-    """The coefficients of R, and those of the recurrence for the stages."""
+    """The number of stages, w0 and w1, and the coefficients of the recurrence."""
 
     stages: Int[Array, ""]
     w0: Float[Array, ""]
     w1: Float[Array, ""]
-    a: Float[Array, ""]
-    b: Float[Array, ""]
     recurrence: Float[Array, "4 s"]
-
-    def __call__(self, z: Float[Array, " k"]) -> Float[Array, " k"]:
-        """R(z), what becomes of the mode y' = z y in a step of length one."""
-        x = self.w0 + self.w1 * z
-        inside = jnp.cos(self.stages * jnp.arccos(jnp.clip(x, -1, 1)))
-        outside = jnp.cosh(self.stages * jnp.arccosh(jnp.maximum(x, 1)))
-        return self.a + self.b * jnp.where(x <= 1, inside, outside)
 
 
 def polynomial(length: Float[Array, ""]) -> tuple[Polynomial, Float[Array, ""]]:
@@ -124,5 +115,5 @@ def _coefficients(s: int, longest: int) -> tuple[dict[str, Any], float]:
     recurrence[1, 2 : s + 1] = -b[j] / b[j - 2]
     recurrence[3, 2 : s + 1] = -a[j - 1] * recurrence[2, 2 : s + 1]
     interval = (1 + w0) / w1  # where w0 + w1 z = -1
-    values = dict(stages=s, w0=w0, w1=w1, a=a[s], b=b[s], recurrence=recurrence)
+    values = dict(stages=s, w0=w0, w1=w1, recurrence=recurrence)
     return values, interval
