@@ -117,6 +117,38 @@ def test_two_eigenvalues_become_critical_one_after_the_other():
     np.testing.assert_allclose(flow.oscillation[-1, :2], 2 * b / eta, rtol=1e-4)
 
 
+def test_the_multiplier_of_a_changing_drift():
+    """The sharpness y + a q is driven by y's drift b = b0 + b1 z, where z = t, and held
+    at 2/eta; q is a fast mode, of rate eta h, that the oscillation pushes. Once it has
+    relaxed, with Sigma = s0 + s1 t and q = q0 + q1 t,
+
+        dq/dt = -eta (h q + a Sigma / 2),       dy/dt = eta (b - Sigma / 2) = -a dq/dt,
+
+    so q1 = -a s1 / (2 h), h q = -a Sigma / 2 - q1 / eta, Sigma = 2 b + 2 a q1 / eta.
+    All is linear in time, as a step takes the forcing to be, so X is exact at the ends
+    of steps and between. Were it a mean over steps, it would lag by half of one."""
+    eta, b0, b1, h, a = 0.5, 0.02, 2e-4, 3.0, 1.0
+    c = 1 / eta - b1 * 2 / eta  # dz/dt = eta (c + b1 y) is nearly one
+
+    def loss(w):
+        drift, sharpness = b0 + b1 * w["z"], w["y"] + a * w["q"]
+        slow = drift * w["y"] + c * w["z"]
+        return 0.5 * sharpness * w["x"] ** 2 - slow + 0.5 * h * w["q"] ** 2
+
+    start = {k: jnp.asarray(v) for k, v in dict(q=0.0, x=0.0, y=3.9, z=0.0).items()}
+    flow = cf.predict(
+        cf.Objective(loss), start, cf.GradientDescent(eta), 400, weight_times=range(401)
+    )
+    assert flow.stats["accepted_steps"] < 40
+    q, _, y, z = flow.weights[200:].T
+    q1 = -a * b1 * eta * (c + b1 * y) / h
+    Sigma = 2 * (b0 + b1 * z) + 2 * a * q1 / eta
+    np.testing.assert_allclose(flow.sharpness[200:, 0], 2, rtol=1e-12)
+    np.testing.assert_allclose(flow.oscillation[200:, 0], Sigma / eta, rtol=1e-6)
+    # Weights are cubic in a step, from slopes that are not quite those of equilibrium.
+    np.testing.assert_allclose(q, -(a * Sigma / 2 + q1 / eta) / h, rtol=1e-2)
+
+
 # A small network.
 
 STEPS = 120

@@ -404,6 +404,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             work=e.work + work,
         )
 
+    def begins(self, before: Expansion) -> Bool[Array, ""]:
+        return before.held == 0
+
     def settled(
         self, before: Expansion, after: Expansion, onset: Float[Array, ""]
     ) -> Bool[Array, ""]:

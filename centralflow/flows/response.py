@@ -1,7 +1,6 @@
 """How the end of a long step answers to a change of the oscillations in it."""
 
 import dataclasses
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -47,28 +46,41 @@ class Response(eqx.Module):
     space: Krylov
 
     def __call__(self, constant: Forcing, linear: Forcing) -> FlowState:
-        parts = self._part(phi_1, constant), self._part(chi, linear)
-        return jax.tree.map(jnp.add, *parts)
+        s, V, Q = self.y.optimizer_state, self.eigenvectors, self.space.basis
+        root = jnp.sqrt(self.optimizer.preconditioner(s))
+        decay = state_decay(self.optimizer, self.y)
+        mean = along = across = 0.0
+        state = jax.tree.map(jnp.zeros_like, s)
+        for function, change in ((phi_1, constant), (chi, linear)):
+            dw, ds = self._rate(change)
+            f = lambda values, function=function: function(
+                jnp.minimum(-self.dt * values, 3)
+            )
+            v, coefficients = root * dw, self.space.coefficients(f)
+            push = jnp.dot(Q[0], v, precision="highest")
+            mean += coefficients[0] * v
+            along += (f(self.values) - coefficients[0]) * _matmul(V, v)
+            across += push * coefficients.at[0].set(0)
+            state = jax.tree.map(
+                lambda total, d, j, function=function: (
+                    total + self.dt * function(self.dt * j) * d
+                ),
+                state,
+                ds,
+                decay,
+            )
+        weights = self.dt * (mean + _matmul(along, V) + _matmul(across, Q)) / root
+        zero = jax.tree.map(jnp.zeros_like, self.y.observables)
+        return FlowState(weights, state, zero)
 
-    def _part(self, function: Callable, change: Forcing) -> FlowState:
+    def _rate(self, change: Forcing) -> tuple[Float[Array, " n"], PyTree[Array]]:
+        """What a change of the forcing makes of dw/dt and ds/dt."""
         zero, s = jnp.zeros_like(change.gradient), self.y.optimizer_state
         velocity = lambda g: self.optimizer.velocity(self.y.weights, s, g)
         _, dw = jax.jvp(velocity, (zero,), (change.gradient,))
         rate = lambda g, g_sq: self.optimizer.state_rate(s, g, g_sq)
         moments = (change.gradient, change.gradient_sq)
-        _, ds = jax.jvp(rate, (zero, zero), moments)
-        decay = state_decay(self.optimizer, self.y)
-        ds = jax.tree.map(lambda d, j: self.dt * function(self.dt * j) * d, ds, decay)
-
-        f = lambda values: function(jnp.minimum(-self.dt * values, 3))
-        across = self.space.coefficients(f)
-        root = jnp.sqrt(self.optimizer.preconditioner(s))
-        v, V, mean = root * dw, self.eigenvectors, across[0]
-        tracked = _matmul((f(self.values) - mean) * _matmul(V, v), V)
-        push = jnp.dot(self.space.basis[0], v, precision="highest")
-        others = push * _matmul(across.at[0].set(0), self.space.basis)
-        weights = self.dt * (mean * v + tracked + others) / root
-        return FlowState(weights, ds, jax.tree.map(jnp.zeros_like, self.y.observables))
+        return dw, jax.jvp(rate, (zero, zero), moments)[1]
 
 
 class _Modes:

@@ -31,7 +31,6 @@ class _State(eqx.Module):
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
-    oscillating: PyTree[Array]  # the observables of X, as means over the last step
 
 
 class ProjectedRKC(diffrax.AbstractSolver):
@@ -67,7 +66,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
     of the mean rate, X would overshoot from step to step.
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    linear in a step, as the forcing; or, where the first row becomes tight, jump.
+    linear in a step; or, where the first row becomes tight, jump.
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -103,7 +102,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             mean, forcing = previous.mean_forcing, previous.forcing
             excess = previous.excess
         y0 = term.record(y0, e, X)
-        oscillating = y0.observables["oscillating"]
         stiff = term.no_stiff_modes(y0) if previous is None else previous.stiff
         dt = jnp.zeros_like(excess)
         return y0, _State(
@@ -116,7 +114,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt=dt,
             memory=dt,
             excess=excess,
-            oscillating=oscillating,
         )
 
     def init(self, terms, t0, t1, y0, args) -> _State:
@@ -207,22 +204,20 @@ class ProjectedRKC(diffrax.AbstractSolver):
         good = term.is_finite(y1, e1) & (error < 1) & (reach <= longest)
         error = jnp.where(good, error, jnp.inf)
 
-        # The observables of X, linear in the step; or zero up to the onset and
-        # constant thereafter.
+        # The observables of X, linear between the ends of steps. If they were zero
+        # before, or not known, they are zero up to the onset and constant thereafter.
         within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
-        last = within(y1.observables["oscillating"])
-        oscillating = mean(last, s.oscillating)
-        put = lambda y, value: eqx.tree_at(
-            lambda y: y.observables["oscillating"], y, value
-        )
-        y1 = put(y1, last)
+        of_X = lambda y: y.observables["oscillating"]
+        y1 = eqx.tree_at(of_X, y1, within(of_X(y1)))
+        begins = (s.dt == 0) | term.begins(s.expansion)
+        first = tree_map(lambda a, b: jnp.where(begins, b, a), of_X(y0), of_X(y1))
         y_error = eqx.tree_at(
             lambda y: [y.observables[k] for k in ("error", "approach", "work")],
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
         info = dict(
-            y0=put(y0, start(oscillating, last)),
+            y0=eqx.tree_at(of_X, y0, first),
             y1=y1,
             rate0=rate0,
             rate1=rate1,
@@ -241,7 +236,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
             excess,
-            oscillating,
         )
 
         keep = lambda new, old: jnp.where(good, new, old)

@@ -141,6 +141,10 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         and whether the complementarity problem converged are for the record."""
 
     @abc.abstractmethod
+    def begins(self, before: Any) -> Bool[Array, ""]:
+        """Whether no row was tight at the start of a step."""
+
+    @abc.abstractmethod
     def settled(
         self, before: Any, after: Any, onset: Float[Array, ""]
     ) -> Bool[Array, ""]:
