@@ -1,21 +1,20 @@
 """The prediction of a run: a flow, integrated."""
 
-import warnings
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .flows import AbstractFlow, CentralFlow, FlowState
-from .flows.base import FlowSolverState, Work
-from .objective import FlatObjective, Objective, is_traced
+from .checkpoint import Checkpoint, settings_of
+from .flows import AbstractFlow, CentralFlow
+from .flows.base import FlowSolverState
+from .integrate import Problem, integrate, integrate_at_once, solver_state_of
+from .objective import Objective, is_traced
 from .optimizers import AbstractOptimizer
-from .results import RESULTS
 from .running import (
     Clock,
     check_coordinates,
@@ -44,6 +43,8 @@ def predict(
     rtol: float | None = None,
     progress: bool | None = None,
     throw: bool = True,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
 ) -> Trajectory:
     """Predict a run of the optimizer without making its steps.
 
@@ -67,16 +68,21 @@ def predict(
     - `progress`: show a progress bar; by default if the session is interactive.
     - `throw`: raise [`centralflow.NumericalFailure`][] if the integration fails.
         Otherwise the trajectory up to there is returned, and its `result` says so.
+    - `checkpoint`, `checkpoint_every`: as of [`centralflow.train`][]. The file is
+        written at the end of the step of the flow that gets there: no step is cut for
+        it, and the numbers do not depend on it.
 
     **Returns:**
 
-    A [`centralflow.Trajectory`][]. Under `jax.jit` and `jax.vmap` nothing can be
-    raised, warned of, or enlarged: look at `result`, and give `CentralFlow` a
-    `block_size` that suffices.
+    A [`centralflow.Trajectory`][]. On Ctrl-C too, with a warning, as of
+    [`centralflow.train`][]: `weight_times[-1]` is how far it came. Under `jax.jit` and
+    `jax.vmap` nothing can be raised, warned of, or enlarged: look at `result`, and give
+    `CentralFlow` a `block_size` that suffices.
 
     **Raises:**
 
-    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][].
+    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][];
+    `OSError` if the checkpoint cannot be written.
     A warning if the sharpness is above critical, by more than 2 %, at the start.
     """
     flow = CentralFlow() if flow is None else flow
@@ -97,51 +103,53 @@ def predict(
     )
     kept = np.unique([0, *kept, steps])
     traced = is_traced((flat, weights, optimizer, optimizer_state))
-    show = show_progress(progress) and not traced
-    meter = diffrax.TqdmProgressMeter() if show else diffrax.NoProgressMeter()
-
-    clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
+    if solver_state is not None:
+        _check_solver_state(solver_state, weights, optimizer_state)
+    file = Checkpoint(
+        checkpoint,
+        checkpoint_every,
+        traced,
+        lambda: settings_of(
+            flat,
+            weights,
+            optimizer,
+            optimizer_state,
+            steps,
+            function="predict",
+            flow=flow,
+            solver_state=solver_state,
+            metrics=list(metrics),
+            coordinates=coordinates,
+            times=times,
+            weight_times=kept,
+            rtol=rtol,
+        ),
+    )
+    as_times = lambda x: jnp.asarray(x, weights.dtype)
     rtol = flow.tolerance(rtol)
     rtol = None if rtol is None else as_times(rtol)
-    previous, parts, reached = solver_state, [], -1.0
-    if previous is not None:
-        _check_solver_state(previous, weights, optimizer_state)
-        flow = flow.large_enough(previous.solver)
-    while True:
-        problem = _Problem(flow, flat, optimizer, metrics, coordinates, rtol)
-        if previous is None:
-            y = clock(_first, problem, weights, optimizer_state)
-            if not traced:
-                flow.check(optimizer, y)
-            state = clock(_start, problem, y, None)
-            if not traced:
-                _warn_if_unstable(state.y, optimizer)
-        else:
-            state = clock(_start, problem, previous.y, previous)
-        part = clock(
-            _integrate,
-            problem,
-            state,
-            as_times(max(reached, 0.0)),
-            as_times(steps),
-            # The end is always among the times, so that there is one.
-            as_times(np.union1d(times[times > reached], [steps])),
-            as_times(kept[kept > reached]),
-            meter,
+    if solver_state is not None:
+        flow = flow.large_enough(solver_state.solver)
+    problem = Problem(flow, flat, optimizer, metrics, coordinates, rtol)
+    # The end is always among the times, so that there is one.
+    reported = as_times(np.union1d(times, [steps])), as_times(kept)
+    start, end, clock = (
+        (weights, optimizer_state, solver_state),
+        as_times(steps),
+        Clock(),
+    )
+    if traced:
+        now, series, snapshots, result = integrate_at_once(
+            problem, *start, end, *reported
         )
-        parts.append(part)
-        previous = part.state
-        if traced or part.result != RESULTS.block_full:
-            break
-        # More eigenvalues became critical than the block can hold: go on with a larger
-        # one, whose shapes need a new program.
-        reached, flow = float(part.time), flow.enlarge()
-
-    result = parts[-1].result
-    work = sum((part.work for part in parts[1:]), parts[0].work)
-    series, snapshots = _join(parts, traced)
+    else:
+        show = show_progress(progress)
+        now, series, snapshots, result = integrate(
+            problem, *start, end, *reported, file, clock, show
+        )
     series = jax.tree.map(lambda x: x[: times.size], series)
     series_times = series.pop("t")
+    work = now.earlier + now.work
     if not traced:
         warn_if_unconverged(work.unconverged)
     unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
@@ -156,23 +164,27 @@ def predict(
         metrics=series["metrics"],
         weight_times=snapshots["t"],
         weights=snapshots["weights"],
-        model=flat.model(previous.y.weights),
-        optimizer_state=parts[-1].optimizer_state,
+        model=flat.model(now.y.weights),
+        optimizer_state=jax.tree.map(
+            lambda before, here: jnp.where(now.time >= end, before, here),
+            now.before,
+            now.y.optimizer_state,
+        ),
         critical_sharpness=optimizer.critical_sharpness,
         result=result,
         coordinates=coordinates,
         gradient_sq=series.get("gradient_sq"),
         step_sizes=series.get("step_sizes"),
         trace_covariance=series.get("trace_covariance"),
-        solver_state=previous,
+        solver_state=solver_state_of(problem, now),
         stats=dict(
             gradients=_whole(work.gradients) + 1,  # for the optimizer's initial state
             hvps=_whole(work.hvps),
             third_derivatives=_whole(work.third_derivatives),
             unconverged=_whole(work.unconverged),
             eigen_residual=work.eigen_residual,
-            accepted_steps=sum(part.accepted for part in parts),
-            rejected_steps=sum(part.rejected for part in parts),
+            accepted_steps=now.accepted,
+            rejected_steps=now.rejected,
             seconds=clock.seconds,
             compile_seconds=clock.compile_seconds,
         ),
@@ -180,164 +192,8 @@ def predict(
     return trajectory if traced else finish(trajectory, throw)
 
 
-class _Problem(eqx.Module):
-    flow: AbstractFlow
-    objective: FlatObjective
-    optimizer: AbstractOptimizer
-    metrics: dict[str, Callable]
-    coordinates: Int[Array, " C"]
-    rtol: Float[Array, ""] | None
-
-    def term(self) -> diffrax.AbstractTerm:
-        return self.flow.term(
-            self.objective, self.optimizer, self.metrics, self.coordinates, self.rtol
-        )
-
-
-class _Part(eqx.Module):
-    """A stretch of an integration with one size of block."""
-
-    series: dict[str, PyTree[Array]]
-    snapshots: dict[str, Array]
-    start: dict[str, PyTree[Array]]  # one row of each
-    first: dict[str, Array]
-    state: FlowSolverState
-    optimizer_state: PyTree[Array]  # before the gradient at the end
-    time: Float[Array, ""]
-    result: RESULTS
-    work: Work
-    accepted: Int[Array, ""]
-    rejected: Int[Array, ""]
-
-
-@eqx.filter_jit
-def _first(problem: _Problem, weights: Array, optimizer_state: PyTree) -> FlowState:
-    # The state of a flow at time t has taken in the gradient at time t.
-    gradient = problem.objective.grad(weights)
-    state = problem.optimizer.update_state(optimizer_state, gradient)
-    return FlowState(weights, state, {})
-
-
-@eqx.filter_jit
-def _start(
-    problem: _Problem, y: FlowState, previous: FlowSolverState | None
-) -> FlowSolverState:
-    solver, dt = (None, None) if previous is None else (previous.solver, previous.dt)
-    return FlowSolverState(*problem.flow.start(problem.term(), y, solver), dt)
-
-
-@eqx.filter_jit
-def _integrate(
-    problem: _Problem,
-    state: FlowSolverState,
-    t0: Array,
-    t1: Array,
-    times: Float[Array, " T"],
-    kept: Float[Array, " S"],
-    meter: diffrax.AbstractProgressMeter,
-) -> _Part:
-    flow, term = problem.flow, problem.term()
-    controller, dt0 = flow.stepsize(problem.rtol)
-    # What the discrete optimizer has before it takes in its gradient at t1, the flow
-    # has at t1 - 1.
-    before = jnp.maximum(t1 - 1, t0)[None]
-    observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
-    snapshot = lambda t, y, args: dict(t=t, weights=y.weights)
-    solution = diffrax.diffeqsolve(
-        term,
-        flow.solver(),
-        t0,
-        t1,
-        dt0 if state.dt is None else state.dt,
-        state.y,
-        solver_state=state.solver,
-        saveat=diffrax.SaveAt(
-            subs=dict(
-                series=diffrax.SubSaveAt(ts=times, fn=observe),
-                snapshots=diffrax.SubSaveAt(ts=kept, fn=snapshot),
-                start=diffrax.SubSaveAt(t0=True, fn=observe),
-                first=diffrax.SubSaveAt(t0=True, fn=snapshot),
-                before=diffrax.SubSaveAt(
-                    ts=before, fn=lambda t, y, args: y.optimizer_state
-                ),
-                end=diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: (t, y)),
-            ),
-            solver_state=True,
-            controller_state=True,
-        ),
-        stepsize_controller=controller,
-        event=flow.event(),
-        adjoint=diffrax.ForwardMode(),
-        max_steps=None,
-        throw=False,
-        progress_meter=meter,
-    )
-    time, y = jax.tree.map(lambda x: x[0], solution.ys["end"])
-    optimizer_state = jax.tree.map(
-        lambda before, end: jnp.where(time >= t1, before[0], end),
-        solution.ys["before"],
-        y.optimizer_state,
-    )
-    result = RESULTS.promote(solution.result)
-    for code, meaning in (
-        (RESULTS.event_occurred, RESULTS.block_full),
-        (RESULTS.nonfinite, RESULTS.diverged),
-    ):
-        result = RESULTS.where(result == code, meaning, result)
-    # A block that fills up in the very last step does no harm.
-    full = (result == RESULTS.block_full) & (time >= t1)
-    result = RESULTS.where(full, RESULTS.successful, result)
-    bad = (result == RESULTS.successful) & ~jnp.all(
-        jnp.isfinite(solution.ys["series"]["loss"])
-    )
-    result = RESULTS.where(bad, RESULTS.diverged, result)
-    return _Part(
-        series=solution.ys["series"],
-        snapshots=solution.ys["snapshots"],
-        start=solution.ys["start"],
-        first=solution.ys["first"],
-        state=FlowSolverState(y, solution.solver_state, flow.proposed_step(solution)),
-        optimizer_state=optimizer_state,
-        time=time,
-        result=result,
-        work=flow.work(state.solver, solution, times.size),
-        accepted=solution.stats["num_accepted_steps"],
-        rejected=solution.stats["num_rejected_steps"],
-    )
-
-
-def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The series and the snapshots of all parts, one after another."""
-    series, snapshots = [p.series for p in parts], [p.snapshots for p in parts]
-    if not traced:
-        # What a part did not reach is infinite or NaN, and comes last.
-        series = [_leading(s, np.isfinite(np.asarray(s["loss"]))) for s in series]
-        snapshots = [
-            _leading(s, np.all(np.isfinite(np.asarray(s["weights"])), axis=1))
-            for s in snapshots
-        ]
-        if len(series[0]["t"]) == 0:  # not a single step could be made
-            series[0], snapshots[0] = parts[0].start, parts[0].first
-    if len(parts) > 1:  # the last has the largest block
-        width = series[-1]["sharpness"].shape[1]
-        for s in series:
-            s["sharpness"] = _pad(s["sharpness"], width, jnp.nan)
-            s["oscillation"] = _pad(s["oscillation"], width, 0.0)
-    concatenate = lambda trees: jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
-    return concatenate(series), concatenate(snapshots)
-
-
 def _whole(count: Float[Array, ""]) -> Int[Array, ""]:
     return jnp.round(count).astype(jnp.int32)
-
-
-def _leading(tree: dict[str, Any], good: np.ndarray) -> dict[str, Any]:
-    rows = int(np.sum(good))
-    return jax.tree.map(lambda x: x[:rows], tree)
-
-
-def _pad(x: Float[Array, "T k"], width: int, value: float) -> Float[Array, "T K"]:
-    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=value)
 
 
 def _check_solver_state(
@@ -357,21 +213,4 @@ def _check_solver_state(
         raise ValueError(
             "`solver_state` does not belong to this model and optimizer: it has "
             f"weights and optimizer state of shapes {found}, not {wanted}."
-        )
-
-
-def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
-    if not y.observables:
-        return
-    sharpness = float(y.observables["smooth"]["sharpness"][0])
-    critical = float(optimizer.critical_sharpness)
-    # An iterate at the edge is a little above it or below.
-    if sharpness > 1.02 * critical:
-        warnings.warn(
-            f"The sharpness at the start, {sharpness:.4g}, is above the critical "
-            f"{critical:.4g}: the optimizer itself is unstable there, and no central "
-            "flow describes its first steps. Make a few steps with "
-            "`warm = train(...)` and predict from `warm.model` and "
-            "`warm.optimizer_state`, or lower the learning rate.",
-            stacklevel=3,
         )

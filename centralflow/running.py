@@ -16,6 +16,8 @@ from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
 
+_CHUNK_SECONDS = 0.5
+
 
 def check_start(
     objective: Objective,
@@ -67,7 +69,7 @@ def check_start(
     first = 0 if traced else optimizer.updates(optimizer_state)
     check_schedule(optimizer.learning_rate, first, int(steps))
     if not traced:
-        _check_values(*_probe(flat, weights, optimizer, optimizer_state))
+        _check_values(*probe(flat, weights, optimizer, optimizer_state))
     return flat, weights, optimizer_state
 
 
@@ -201,6 +203,16 @@ class Clock:
     def __init__(self):
         self.seconds = 0.0
         self.compile_seconds = 0.0
+        self.last = 0.0  # of the last call, without compilation
+
+    def header(self) -> dict[str, float]:
+        """What to write down of it."""
+        return dict(seconds=self.seconds, compile_seconds=self.compile_seconds)
+
+    def add(self, header: dict[str, Any]) -> None:
+        """Go on from what was written down."""
+        self.seconds += header["seconds"]
+        self.compile_seconds += header["compile_seconds"]
 
     def __call__(self, fn: Callable, *args: Any) -> Any:
         if is_traced(args):
@@ -213,8 +225,22 @@ class Clock:
         # last compilation on.
         ran = max([start, *_last_compilation])
         self.compile_seconds += ran - start
-        self.seconds += end - ran
+        self.last = end - ran
+        self.seconds += self.last
         return out
+
+
+class Pace:
+    """How many steps to hand over to compiled code at once: as many as take about half
+    a second, for that is how long an interrupt may have to wait."""
+
+    def __init__(self):
+        self.steps = 1
+
+    def learn(self, steps: int, seconds: float) -> None:
+        """So many steps took so long."""
+        count = steps * _CHUNK_SECONDS / max(seconds, 1e-6)
+        self.steps = int(np.clip(count, 1, 16 * self.steps))
 
 
 _last_compilation: list[float] = []
@@ -229,7 +255,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 @eqx.filter_jit
-def _probe(
+def probe(
     flat: FlatObjective,
     weights: Float[Array, " n"],
     optimizer: AbstractOptimizer,

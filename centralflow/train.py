@@ -1,5 +1,6 @@
 """The discrete optimizer, run and recorded."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
+from .checkpoint import Checkpoint, settings_of
 from .measure import GUARDS, eigenpairs, second_difference
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .results import RESULTS
 from .running import (
     Clock,
+    Pace,
     check_coordinates,
     check_metrics,
     check_start,
@@ -43,6 +46,8 @@ def train(
     weight_times: Iterable[Any] | None = None,
     progress: bool | None = None,
     throw: bool = True,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
 ) -> Trajectory:
     """Run the optimizer on the full data set.
 
@@ -64,14 +69,21 @@ def train(
     - `progress`: show a progress bar; by default if the session is interactive.
     - `throw`: raise [`centralflow.NumericalFailure`][] if the run diverges. Otherwise
         the trajectory up to there is returned, and its `result` says so.
+    - `checkpoint`: the path of a file from which the same call goes on if the process
+        that made it has ended, to the same numbers. A finished run is read from it. The
+        file is replaced as a whole, and refused if it is that of another run.
+    - `checkpoint_every`: write it every so many steps; by default every half minute.
 
     **Returns:**
 
-    A [`centralflow.Trajectory`][] with `times` 0, 1, ..., `steps`.
+    A [`centralflow.Trajectory`][] with `times` 0, 1, ..., `steps`. On Ctrl-C it is
+    returned too, up to there, with a warning and the `result` `interrupted`, whatever
+    `throw` is; only before the first step is the `KeyboardInterrupt` raised.
 
     **Raises:**
 
-    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][].
+    `ValueError` for arguments that make no sense; [`centralflow.NumericalFailure`][];
+    `OSError` if the checkpoint cannot be written.
     """
     flat, weights, optimizer_state = check_start(
         objective, model, optimizer, steps, optimizer_state
@@ -101,29 +113,54 @@ def train(
         sharpness_every,
         int(sharpness_count),
     )
+    traced = is_traced((flat, weights, optimizer, optimizer_state))
+    file = Checkpoint(
+        checkpoint,
+        checkpoint_every,
+        traced,
+        lambda: settings_of(
+            flat,
+            weights,
+            optimizer,
+            optimizer_state,
+            steps,
+            function="train",
+            sharpness_every=sharpness_every,
+            sharpness_count=sharpness_count,
+            metrics=list(metrics),
+            coordinates=coordinates,
+            weight_times=kept,
+        ),
+    )
     clock, kept = Clock(), jnp.asarray(kept, jnp.int32)
     state = clock(_init, settings, weights, optimizer_state, kept.size)
-    traced = is_traced((flat, weights, optimizer, optimizer_state))
-    show = show_progress(progress) and not traced
-    chunk = max(1, -(-steps // 100)) if show else steps + 1
-    with tqdm(total=steps, disable=not show, desc="train") as bar:
-        for stop in range(chunk, steps + 1 + chunk, chunk):
-            state = clock(_advance, settings, state, kept, min(stop, steps + 1))
-            bar.update(min(stop, steps) - bar.n)
-            if not traced and bool(state.diverged):
-                break
+    if traced:
+        state, interrupted = (
+            _advance(settings, state, kept, jnp.int32(steps + 1)),
+            False,
+        )
+    else:
+        show = show_progress(progress)
+        state, interrupted = _run(settings, state, kept, file, clock, show)
 
     end, kept_end = steps + 1, kept.size
-    if not traced and state.diverged:
+    if not traced and (state.diverged or interrupted):
         end = int(state.step)
         kept_end = int(np.sum(np.asarray(kept) < end))
+    kept, kept_weights = kept[:kept_end], state.kept[:kept_end]
+    if interrupted and kept[-1] != end - 1:
+        kept = jnp.append(kept, end - 1)
+        kept_weights = jnp.vstack([kept_weights, state.previous])
     series = jax.tree.map(lambda x: x[:end], state.series)
     dtype = series["loss"].dtype
     last = jax.tree.map(
-        lambda a, b: jnp.where(state.diverged, a, b),
+        lambda a, b: jnp.where(state.diverged | interrupted, a, b),
         (state.previous, state.previous_state),
         (state.weights, state.optimizer_state),
     )
+    result = RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful)
+    if interrupted:
+        result = RESULTS.interrupted
     if not traced:
         warn_if_unconverged(state.unconverged)
     trajectory = Trajectory(
@@ -135,12 +172,12 @@ def train(
         sharpness=_at_measurements(state.sharpness, sharpness_every, steps)[:end],
         oscillation=_at_measurements(state.oscillation, sharpness_every, steps)[:end],
         metrics=series["metrics"],
-        weight_times=kept[:kept_end].astype(dtype),
-        weights=state.kept[:kept_end],
+        weight_times=kept.astype(dtype),
+        weights=kept_weights,
         model=flat.model(last[0]),
         optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
-        result=RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful),
+        result=result,
         coordinates=coordinates,
         gradient_sq=series["gradient_sq"],
         step_sizes=series["step_sizes"],
@@ -187,6 +224,44 @@ class _State(eqx.Module):
     unconverged: Int[Array, ""]
 
 
+def _run(
+    settings: _Settings,
+    state: _State,
+    kept: Int[Array, " S"],
+    file: Checkpoint,
+    clock: Clock,
+    show: bool,
+) -> tuple[_State, bool]:
+    """Make all steps, but those that are in the file; and whether that was interrupted.
+
+    How they are divided into calls changes nothing: it is one program.
+    """
+    saved, pace, end = file.read(), Pace(), settings.steps + 1
+    if saved is not None:
+        header, arrays = saved
+        state = file.restore("state", state, arrays)
+        clock.add(header)
+    runs = lambda state: int(state.step) < end and not bool(state.diverged)
+    save = lambda step: file.write(step, clock.header(), dict(state=state))
+    try:
+        with tqdm(total=settings.steps, disable=not show, desc="train") as bar:
+            while runs(state):
+                step = int(state.step)
+                stop = int(min(step + pace.steps, file.stop(step), end))
+                state = clock(_advance, settings, state, kept, jnp.int32(stop))
+                pace.learn(stop - step, clock.last)
+                step = int(state.step)
+                bar.update(min(step, settings.steps) - bar.n)
+                if file.due(step) or not runs(state):
+                    save(step)
+    except KeyboardInterrupt:
+        if int(state.step) == 0:
+            raise
+        save(int(state.step))
+        return state, runs(state)
+    return state, False
+
+
 @eqx.filter_jit
 def _init(
     settings: _Settings, weights: Array, optimizer_state: PyTree, kept: int
@@ -227,7 +302,7 @@ def _init(
 
 @eqx.filter_jit
 def _advance(
-    settings: _Settings, state: _State, kept: Int[Array, " S"], stop: int | Array
+    settings: _Settings, state: _State, kept: Int[Array, " S"], stop: Int[Array, ""]
 ) -> _State:
     """Step until `stop` rows are recorded, or a loss is not finite."""
     return jax.lax.while_loop(

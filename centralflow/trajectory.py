@@ -1,8 +1,7 @@
 """What a run returns, discrete or continuous, and how it is saved."""
 
-import json
 import os
-from pathlib import Path
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -11,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .results import RESULTS, name_of
+from .files import by_path, check_folder, read_arrays, write_arrays
+from .results import RESULTS, name_of, result_of
 
-_FORMAT = "centralflow trajectory 1"
 _SERIES = (
     "times",
     "loss",
@@ -108,9 +107,7 @@ class Trajectory(eqx.Module):
 
         `FileNotFoundError` if the folder does not exist; `ValueError` for a batch.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}.")
+        path = check_folder("path", path)
         if self.times.ndim != 1:
             raise ValueError(
                 "A batch of trajectories, as made by `jax.vmap`, cannot be saved: take "
@@ -125,33 +122,21 @@ class Trajectory(eqx.Module):
             arrays[f"metrics{i}"] = np.asarray(series)
         for name in ("model", "optimizer_state"):
             tree = eqx.filter(getattr(self, name), eqx.is_array)
-            for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                arrays[name + jax.tree_util.keystr(key)] = np.asarray(leaf)
-        arrays["header"] = np.array(
-            json.dumps(
-                {
-                    "format": _FORMAT,
-                    "metrics": list(self.metrics),
-                    "critical_sharpness": float(self.critical_sharpness),
-                    "result": name_of(self.result),
-                    "stats": {k: np.asarray(v).item() for k, v in self.stats.items()},
-                }
-            )
+            arrays |= by_path(name, tree)
+        header = dict(
+            metrics=list(self.metrics),
+            critical_sharpness=float(self.critical_sharpness),
+            result=name_of(self.result),
+            stats={k: np.asarray(v).item() for k, v in self.stats.items()},
         )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_arrays(path, "trajectory", header, arrays)
 
     @staticmethod
     def load(
         path: str | os.PathLike, *, model: PyTree = None, optimizer_state: PyTree = None
     ) -> "Trajectory":
         """Read what [`centralflow.Trajectory.save`][] wrote. Nothing in the file is
-        executed.
+        executed; an error says which version of the package wrote it.
 
         **Arguments:**
 
@@ -165,40 +150,33 @@ class Trajectory(eqx.Module):
         `ValueError` if the file is not a trajectory or does not fit `model` or
         `optimizer_state`.
         """
+        header, arrays = read_arrays("path", path, "trajectory")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            header = json.loads(str(arrays.pop("header")))
-            known = header["format"] == _FORMAT
-        except FileNotFoundError:
-            raise
-        except Exception as error:
+            series = {
+                name: jnp.asarray(arrays.pop(name))
+                for name in (*_SERIES, *_ADDITIONAL)
+                if name in _SERIES or name in arrays
+            }
+            metrics = {
+                name: jnp.asarray(arrays.pop(f"metrics{i}"))
+                for i, name in enumerate(header["metrics"])
+            }
+            critical, stats = header["critical_sharpness"], dict(header["stats"])
+            result = result_of(header["result"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"`path`: {os.fspath(path)!r} is not a trajectory that this version "
-                "of centralflow can read."
+                f"`path`: {os.fspath(path)!r}, written by centralflow "
+                f"{header.get('version', 'of unknown version')}, is not a trajectory: "
+                f"{error} is missing, or wrong."
             ) from error
-        if not known:
-            raise ValueError(
-                f"`path`: {os.fspath(path)!r} has the format {header['format']!r}; "
-                f"this version of centralflow reads {_FORMAT!r}."
-            )
-        series = {
-            name: jnp.asarray(arrays.pop(name))
-            for name in (*_SERIES, *_ADDITIONAL)
-            if name in _SERIES or name in arrays
-        }
-        metrics = {
-            name: jnp.asarray(arrays.pop(f"metrics{i}"))
-            for i, name in enumerate(header["metrics"])
-        }
         return Trajectory(
             **series,
             metrics=metrics,
             model=_fill("model", model, arrays),
             optimizer_state=_fill("optimizer_state", optimizer_state, arrays),
-            critical_sharpness=header["critical_sharpness"],
-            result=getattr(RESULTS, header["result"]),
-            stats=header["stats"],
+            critical_sharpness=critical,
+            result=result,
+            stats=stats,
         )
 
     def __str__(self) -> str:
@@ -222,7 +200,15 @@ class NumericalFailure(RuntimeError):
 
 
 def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
-    """Raise if the run failed and `throw`; otherwise return it as it is."""
+    """Raise if the run failed and `throw`; otherwise return it as it is, with a warning
+    if it was interrupted."""
+    if trajectory.result == RESULTS.interrupted:
+        warnings.warn(
+            f"{RESULTS[trajectory.result]} What it had computed, up to step "
+            f"{float(trajectory.times[-1]):g}, is returned.",
+            stacklevel=3,
+        )
+        return trajectory
     if throw and trajectory.result != RESULTS.successful:
         raise NumericalFailure(
             f"{RESULTS[trajectory.result]} The last finite values are those at step "

@@ -2,15 +2,15 @@
 time, after any accident, reads a complete one. Nothing in them is executed."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
-import jax
 import numpy as np
 from jaxtyping import PyTree
+
+from ..files import by_path, from_paths, remove_left_over, replace
 
 RESULTS, CHECKPOINT, CONFIG = "results.h5", "checkpoint.h5", "config.json"
 _FORMAT = "centralflow run 1"
@@ -31,7 +31,7 @@ def remove(folder: Path) -> None:
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     text = json.dumps(dict(format=_FORMAT) | config, indent=2) + "\n"
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Log:
                     for name, values in table.items():
                         file[f"{where}/{name}"] = values
 
-        _replace(folder / RESULTS, write)
+        replace(folder / RESULTS, write)
 
     @staticmethod
     def read(folder: Path) -> "Log":
@@ -113,10 +113,10 @@ def write_checkpoint(folder: Path, step: int, states: dict[str, PyTree]) -> None
     def write(path):
         with h5py.File(path, "w") as file:
             file.attrs.update(format=_FORMAT, step=step)
-            for key, leaf in jax.tree_util.tree_leaves_with_path(states):
-                file[jax.tree_util.keystr(key)] = np.asarray(leaf)
+            for name, array in by_path("", states).items():
+                file[name] = array
 
-    _replace(folder / CHECKPOINT, write)
+    replace(folder / CHECKPOINT, write)
 
 
 def read_checkpoint(
@@ -125,6 +125,8 @@ def read_checkpoint(
     """The step and the states, of the structure of `like(step)`; `None` if there is no
     checkpoint. Raises `ValueError` if it is damaged or of another structure."""
     path = folder / CHECKPOINT
+    for name in (RESULTS, CHECKPOINT):
+        remove_left_over(folder / name)
     if not path.exists():
         return None
     try:
@@ -135,22 +137,11 @@ def read_checkpoint(
             arrays = {name: np.asarray(x[()]) for name, x in file.items()}
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    paths, treedef = jax.tree_util.tree_flatten_with_path(like(step))
-    names = [jax.tree_util.keystr(key) for key, _ in paths]
-    if set(names) != set(arrays):
-        raise ValueError(f"{path} has the arrays of another version.")
-    return step, jax.tree.unflatten(treedef, [arrays[name] for name in names])
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return step, from_paths("", like(step), arrays, shapes=False)
+    except ValueError as error:
+        message = f"{path} has the arrays of another version: {error}"
+        raise ValueError(message) from error
 
 
 def _join(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -110,11 +110,14 @@ class AbstractFlow(eqx.Module):
         """The series of a [`centralflow.Trajectory`][] at one time."""
 
     @abc.abstractmethod
-    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+    def work(
+        self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
+    ) -> Work:
         """The work of an integration from the solver state `start` and of finding that
-        state, rejected steps and `reports` reported times included."""
+        state, rejected steps and `reports` reported times included. Of `start` only the
+        scalars are there."""
 
-    def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
+    def proposed_step(self, controller_state: Any) -> Float[Array, ""] | None:
         """The length of the step that would have followed, or None for the first of
         `stepsize`."""
         return None

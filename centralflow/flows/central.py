@@ -197,14 +197,16 @@ class CentralFlow(AbstractFlow):
             trace_covariance=oscillating["trace_covariance"],
         )
 
-    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+    def work(
+        self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
+    ) -> Work:
         if self.substeps is None:
             return start.expansion.work + solution.controller_state.total
         state = solution.solver_state
         return state.expansion.work + Work(unconverged=state.unconverged)
 
-    def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
-        return None if self.substeps is not None else solution.controller_state.proposed
+    def proposed_step(self, controller_state: Any) -> Float[Array, ""] | None:
+        return None if self.substeps is not None else controller_state.proposed
 
     def event(self) -> diffrax.Event:
         def crowded(t, y, args, *, terms, **kwargs):

@@ -66,7 +66,9 @@ class StableFlow(AbstractFlow):
             metrics=field.objective.evaluate(field.metrics, y.weights),
         )
 
-    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+    def work(
+        self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
+    ) -> Work:
         # Tsit5 has seven stages, the first of which is the last of the step before. One
         # more report is of the start.
         return Work(gradients=6 * solution.stats["num_steps"] + 2 + reports)
