@@ -25,6 +25,7 @@ from .stationary import StationaryPreconditioner as StationaryPreconditioner
 from .stationary import stationary_preconditioner as stationary_preconditioner
 from .train import train as train
 from .trajectory import NumericalFailure as NumericalFailure
+from .trajectory import RunInterrupted as RunInterrupted
 from .trajectory import Trajectory as Trajectory
 
 

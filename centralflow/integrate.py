@@ -93,16 +93,15 @@ def integrate(
             problem = _enlarge(problem)
         now, first = _structure(problem, *start)
         now = file.restore("now", now, arrays)
-        series = [file.restore("series", first[0], arrays, shapes=False)]
-        snapshots = [file.restore("snapshots", first[1], arrays, shapes=False)]
-
-    def rows():
-        return _join(series or [first[0]]), _join(snapshots or [first[1]])
+        whole = file.restore("rows", first, arrays, shapes=False)
+        first = jax.tree.map(lambda x: np.asarray(x)[:1], whole)
+        rest = jax.tree.map(lambda x: np.asarray(x)[1:], whole)
+        series, snapshots = map(_saved, rest)
 
     def save():
         header = clock.header() | dict(enlarged=enlarged, result=name_of(result))
-        trees = zip(("now", "series", "snapshots"), (now, *rows()), strict=True)
-        file.write(float(now.time), header, dict(trees))
+        rows = _join([first[0], *series]), _join([first[1], *snapshots])
+        file.write(float(now.time), header, dict(now=now, rows=rows))
 
     runs = lambda: result in (_PAUSED, RESULTS.block_full)
     pace = Pace()
@@ -138,7 +137,8 @@ def integrate(
             result = RESULTS.interrupted
             last = dict(t=now.time[None], weights=now.y.weights[None])
             snapshots = [*snapshots, last]
-    return now, *rows(), result
+    # Not a single step may have been made.
+    return now, _join(series or [first[0]]), _join(snapshots or [first[1]]), result
 
 
 def integrate_at_once(

@@ -77,8 +77,9 @@ def train(
     **Returns:**
 
     A [`centralflow.Trajectory`][] with `times` 0, 1, ..., `steps`. On Ctrl-C it is
-    returned too, up to there, with a warning and the `result` `interrupted`, whatever
-    `throw` is; only before the first step is the `KeyboardInterrupt` raised.
+    returned too, up to there, with the `result` `interrupted` and the warning
+    [`centralflow.RunInterrupted`][], whatever `throw` is; only before the first step is
+    the `KeyboardInterrupt` raised.
 
     **Raises:**
 

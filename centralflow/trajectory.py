@@ -191,6 +191,11 @@ class Trajectory(eqx.Module):
         )
 
 
+class RunInterrupted(UserWarning):
+    """A run ended early because of Ctrl-C. To let that end a script too, make it an
+    error: `warnings.simplefilter("error", centralflow.RunInterrupted)`."""
+
+
 class NumericalFailure(RuntimeError):
     """A run that did not reach its end. What it had computed is in `trajectory`."""
 
@@ -206,6 +211,7 @@ def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
         warnings.warn(
             f"{RESULTS[trajectory.result]} What it had computed, up to step "
             f"{float(trajectory.times[-1]):g}, is returned.",
+            RunInterrupted,
             stacklevel=3,
         )
         return trajectory

@@ -1,4 +1,5 @@
-"""What goes wrong, in one line on stderr: 2 for wrong arguments, 1 for the rest."""
+"""What goes wrong, in one line on stderr: 2 for wrong arguments, 130 for Ctrl-C, 1 for
+the rest."""
 
 import re
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..trajectory import NumericalFailure
+from ..trajectory import NumericalFailure, RunInterrupted
 
 # Click's `UsageError`, wherever this version of Typer has it from.
 _UsageError = typer.BadParameter.__base__
@@ -31,6 +32,8 @@ class Group(TyperGroup):
             message, code = error.format_message(), 2
         except (ImportError, NumericalFailure, OSError, RunFailed) as error:
             message, code = str(error), 1
+        except (typer.Abort, RunInterrupted):
+            message, code = "interrupted.", 130  # as of all that Ctrl-C ends
         typer.echo("error: " + " ".join(message.split()), err=True)
         sys.exit(code)
 
@@ -65,4 +68,5 @@ def _short_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        warnings.simplefilter("error", RunInterrupted)
         yield
