@@ -184,9 +184,7 @@ def _begin(
     return now, rows
 
 
-def _structure(
-    problem: Problem, *start: PyTree[Array]
-) -> tuple[Progress, tuple[Rows, Rows]]:
+def _structure(problem: Problem, *start: Any) -> tuple[PyTree, PyTree]:
     """That of what `_begin` returns."""
     return eqx.filter_eval_shape(lambda: _begin(problem, *start, None))
 
