@@ -75,7 +75,8 @@ def read_arrays(
     caller's argument `name`, if it is another file, or damaged."""
     shown, ours = repr(os.fspath(path)), package_version()
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, for NumPy does not close what turns out to be damaged.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = dict(file)
         header = json.loads(str(arrays.pop("header")))
         found = header["format"]

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import centralflow as cf
+from centralflow import running
 from centralflow.__main__ import app
 from centralflow.cli import errors, options, problem, processes, settings, store
 
@@ -189,6 +190,22 @@ def test_resume(function, calls, finished, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert_same(tmp_path, finished[0])
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_ctrl_c(tmp_path, monkeypatch):
+    """Nothing of an interrupted block is kept, and the rest can be made later."""
+    arguments = (*SHORT, "--processes", "discrete", "--eigenvalues", 0)
+
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Pace, "learn", interrupt)
+        result = invoke("run", "--output", tmp_path, *arguments)
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted.\n")
+    result = invoke("run", "--output", tmp_path, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert read(tmp_path)[1]["status"] == "finished"
 
 
 def test_a_finished_run_is_kept(finished):

@@ -1,6 +1,7 @@
 """Saving and loading."""
 
 import json
+from importlib.metadata import version
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -36,6 +37,24 @@ def test_round_trip(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]  # nothing temporary left
 
 
+@pytest.mark.parametrize(
+    ("missing", "change"),
+    [("loss", {}), ("metrics1", {}), ("", dict(result="promote")), ("", dict(stats=3))],
+)
+def test_load_refuses_incomplete_files(run, missing, change, tmp_path):
+    """And says which version wrote them."""
+    path = tmp_path / "run.npz"
+    run.save(path)
+    with np.load(path) as file:
+        arrays = {k: v for k, v in file.items() if k != missing}
+    header = json.loads(str(arrays["header"]))
+    assert header["version"] == version("centralflow")
+    arrays["header"] = np.array(json.dumps(header | change))
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"`path`: .*centralflow \d.*not a trajectory"):
+        cf.Trajectory.load(path)
+
+
 def test_load_without_a_model(run, tmp_path):
     run.save(tmp_path / "run.npz")
     loaded = cf.Trajectory.load(tmp_path / "run.npz")
@@ -57,6 +76,10 @@ def test_load_refuses_other_files(run, tmp_path):
         cf.Trajectory.load(path)
     np.savez(path, header=np.array(json.dumps({"format": "centralflow trajectory 99"})))
     with pytest.raises(ValueError, match="trajectory 99"):
+        cf.Trajectory.load(path)
+    header = dict(format="centralflow trajectory 99", version="9.8.7")
+    np.savez(path, header=np.array(json.dumps(header)))
+    with pytest.raises(ValueError, match=r"`path`.*written by centralflow 9\.8\.7"):
         cf.Trajectory.load(path)
     run.save(path)
     with pytest.raises(ValueError, match="`model` does not fit"):
