@@ -211,6 +211,13 @@ def test_the_other_function_is_refused(files):
         run(cf.train, checkpoint=files[cf.predict])
 
 
+def test_smaller_microbatches_go_on(files, unbroken):
+    fn, wanted = unbroken
+    data = problem()["objective"].data
+    objective = cf.Objective(tiny_loss, data, microbatch_size=4)
+    assert_same(run(fn, objective=objective, checkpoint=files[fn]), wanted)
+
+
 def test_the_same_schedule_goes_on(tmp_path):
     """Two functions that are the same are not the same object."""
     for _ in range(2):
