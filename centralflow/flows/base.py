@@ -102,8 +102,8 @@ class AbstractFlow(eqx.Module):
     @abc.abstractmethod
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         """The complete state y and the solver's state (or None for that of its `init`)
-        from which to integrate; `previous` is the solver state at the end of an earlier part of the
-        same run, or None."""
+        from which to integrate; `previous` is the solver state at the end of an
+        earlier part of the same run, or None."""
 
     @abc.abstractmethod
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
