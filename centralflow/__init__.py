@@ -15,7 +15,11 @@ from .measure import sharpness as sharpness
 from .objective import FlatObjective as FlatObjective
 from .objective import Objective as Objective
 from .optimizers import AbstractOptimizer as AbstractOptimizer
+from .optimizers import Adam as Adam
 from .optimizers import GradientDescent as GradientDescent
+from .optimizers import HeavyBall as HeavyBall
+from .optimizers import NAdam as NAdam
+from .optimizers import Nesterov as Nesterov
 from .optimizers import RMSProp as RMSProp
 from .optimizers import ScalarRMSProp as ScalarRMSProp
 from .predict import predict as predict

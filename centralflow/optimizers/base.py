@@ -87,6 +87,22 @@ class AbstractOptimizer(eqx.Module):
         is at."""
         return jnp.zeros(())
 
+    def advanced(
+        self, state: PyTree[Array], gradient: Vector, dt: Float[Array, ""]
+    ) -> PyTree[Array]:
+        """The state with which a step of length dt of the flow is made. That is the one
+        at its start, but for a momentum, which takes in the mean gradient for a time
+        dt: then the two of weights and momentum are stepped as the discrete method does
+        it. (With the momentum of the start, the modes with complex rates would grow.)
+        """
+        return state
+
+    @property
+    def memory(self) -> float | Float[Array, ""]:
+        """For how long a gradient acts on the velocity, in steps: the time constant of
+        the momentum, 0 without."""
+        return 0.0
+
     def velocity(
         self, weights: Vector, state: PyTree[Array], gradient: Vector
     ) -> Vector:
@@ -126,6 +142,45 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     if not is_traced(value) and not 0 < float(value) < float("inf"):
         raise ValueError(f"`learning_rate` must be positive and finite, got {value}.")
     return value
+
+
+def relaxation_rate(beta: Float[Array, ""]) -> Float[Array, ""]:
+    """The rate -ln beta at which, along a flow, a momentum m with the update
+    m <- beta m + ... forgets.
+
+    A mode of the discrete method with eigenvalue s has z^2 - (1 + beta - (1 - beta) s)
+    z + beta = 0, and the flow dw/dt = -m, dm/dt = c (s w - m) has lambda^2 + c lambda +
+    c s = 0. With z = e^lambda the decays of the modes with complex roots, which is
+    nearly all of them, agree if -c/2 = ln(beta)/2. What is left of an initial m agrees
+    too. The delay of the velocity behind the gradient, 1/c, is that of the method,
+    beta / (1 - beta) + 1/2, to second order in 1 - beta. (The rate
+    (1 - beta) / beta, which makes m what it is after an update, is off by half a step
+    in the delay, for the velocity of a step is its mean, not that at its start.)
+    """
+    return -jnp.log(beta)
+
+
+def checked_decay(name: str, value: Any) -> Float[Array, ""]:
+    """`value` as an array, once it is the decay of a moving average."""
+    array = checked_number(name, value)
+    if not is_traced(array) and not 0 < float(value) < 1:
+        raise ValueError(f"`{name}` must be a number between 0 and 1, got {value}.")
+    return array
+
+
+def checked_eps(eps: Any) -> Float[Array, ""]:
+    """`eps` as an array, once it is a number that is not negative."""
+    array = checked_number("eps", eps)
+    if not is_traced(array) and not 0 <= float(eps) < float("inf"):
+        raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
+    return array
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """`value`, once it is `True` or `False`."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
 
 
 def checked_number(
