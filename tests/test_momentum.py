@@ -133,3 +133,125 @@ def _with_m(state, m):
 
 def _with_nu(second, nu):
     return second.updates, nu, second.age
+
+
+# The flow.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
+def test_the_flow_of_a_mode_decays_as_the_method_does(beta):
+    """Modes with complex roots, (1 - sqrt(beta))^2 < (1 - beta) s < (1 + sqrt(beta))^2,
+    decay with sqrt(beta) per step, in the flow exp(-c/2)."""
+    optimizer = cf.HeavyBall(1.0, beta, averaged=True)
+    for share in (0.1, 0.5, 0.9):
+        s = share * (1 + np.sqrt(beta)) ** 2 / (1 - beta)
+        state = optimizer.init(jnp.ones(1))
+
+        def rate(z, state=state, s=s):
+            w, at = z[:1], dataclasses.replace(state, m=z[1:])
+            dm = optimizer.state_rate(at, s * w, (s * w) ** 2).m
+            return jnp.concatenate([optimizer.velocity(w, at, s * w), dm])
+
+        roots = np.linalg.eigvals(np.asarray(jax.jacobian(rate)(jnp.zeros(2))))
+        np.testing.assert_allclose(np.exp(roots.real), np.sqrt(beta), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", [cf.HeavyBall, cf.Nesterov])
+def test_a_step_of_length_one_is_that_of_the_method(kind):
+    """`advanced` and `velocity`, at h = 1, are the update; at a half, halfway to the
+    limit of m but for the geometric decay."""
+    optimizer, g = kind(0.3, 0.9), jnp.array([1.0, -2.0])
+    state = optimizer.update_state(optimizer.init(g), jnp.array([0.5, 0.25]))
+    after = optimizer.update_state(state, g)
+    np.testing.assert_allclose(
+        optimizer.advanced(state, g, jnp.asarray(1.0)).m, after.m
+    )
+    half = jnp.asarray(0.5)
+    twice = optimizer.advanced(optimizer.advanced(state, g, half), g, half)
+    np.testing.assert_allclose(twice.m, after.m)
+
+
+def _valley(w):
+    """With the minimum at infinity: y rises until it is the sharpness along x."""
+    x, y = w
+    return (y + x) * x**2 / 2 - 0.01 * (x + y)
+
+
+EDGE = [
+    cf.HeavyBall(0.3, 0.9),
+    cf.HeavyBall(3.0, 0.9, averaged=True),
+    cf.Nesterov(0.12, 0.9),
+]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("optimizer", EDGE, ids=["heavy ball", "averaged", "Nesterov"])
+def test_at_rest_at_the_edge(optimizer):
+    """Where the flow comes to rest at the edge, with H = [[y + 3 x, x], [x, 0]],
+
+        E[g] = 0:       x y + 3 x^2 / 2 - eps + (3 S_xx + 2 S_xy) / 2 = 0,
+                        x^2 / 2 - eps + S_xx / 2 = 0,
+        Sigma = a v v', H v = (kappa / eta) v, P = 1 / eta:
+
+    three equations for x, y and a, solved by Newton's method."""
+    eps, eta = 0.01, float(optimizer.learning_rate)
+    edge = float(optimizer.critical_sharpness) / eta
+
+    def residual(z):
+        _, _, a = z
+        mean = lambda w: jax.grad(_valley)(w)
+        H = jax.hessian(_valley)(z[:2])
+        values, vectors = jnp.linalg.eigh(H)
+        v = vectors[:, -1]
+        curve = lambda w: v @ jax.hessian(_valley)(w) @ v
+        force = mean(z[:2]) + 0.5 * a * jax.grad(curve)(z[:2])
+        return jnp.concatenate([force, values[-1:] - edge])
+
+    z = jnp.array([eps / edge, edge, 2 * eps])
+    for _ in range(20):
+        # v is a function of z too; its derivative multiplies a small a
+        z = z - jnp.linalg.solve(jax.jacobian(residual)(z), residual(z))
+    assert jnp.max(jnp.abs(residual(z))) < 1e-12
+
+    objective = cf.Objective(_valley)
+    start = jnp.array([0.01, 0.97 * edge])
+    flow = cf.predict(
+        objective,
+        start,
+        optimizer,
+        2000,
+        flow=cf.CentralFlow(substeps=2, block_size=2, eigen_tolerance=1e-6),
+        times=[0, 1800, 1900, 2000],
+    )
+    np.testing.assert_allclose(flow.sharpness[1:, 0], edge * eta, rtol=1e-6)
+    np.testing.assert_allclose(flow.oscillation[-1, 0], z[2] / eta, rtol=1e-6)
+    np.testing.assert_allclose(flow.model, z[:2], rtol=1e-6)
+
+
+def test_momentum_needs_fixed_steps_and_two_of_them():
+    objective, optimizer = cf.Objective(_valley), cf.HeavyBall(0.3, 0.9)
+    start = jnp.array([0.01, 1.0])
+    with pytest.raises(ValueError, match=r"`flow`.*HeavyBall.*substeps"):
+        cf.predict(objective, start, optimizer, 5)
+    with pytest.raises(ValueError, match=r"`substeps` is 1.*fewer than 2 per"):
+        cf.predict(objective, start, optimizer, 5, flow=cf.CentralFlow(substeps=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cf.HeavyBall(0.1, 1.0), "`beta` must be a number between 0 and 1"),
+        (lambda: cf.HeavyBall(-0.1, 0.9), "`learning_rate` must be positive"),
+        (lambda: cf.HeavyBall(0.1, 0.9, averaged=1), "`averaged` must be True or"),
+        (lambda: cf.Nesterov(0.1, 0.0), "`beta` must be a number between 0 and 1"),
+        (lambda: cf.Adam(0.1, beta1=0.0), "`beta1` must be a number between 0 and 1"),
+        (lambda: cf.Adam(0.1, beta2=1.0), "`beta2` must be a number between 0 and 1"),
+        (lambda: cf.NAdam(0.1, eps=-1.0), "`eps` must be a number that is not"),
+        (lambda: cf.NAdam(0.1, bias_correction=None), "`bias_correction` must be"),
+    ],
+)
+def test_arguments_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -128,6 +128,12 @@ class CentralFlow(AbstractFlow):
         coordinates: Int[Array, " C"],
         rtol: Float[Array, ""] | None,
     ) -> CentralTerm:
+        if self.substeps is None and optimizer.has_memory:
+            raise ValueError(
+                "`flow`: the adaptive steps of `CentralFlow()` cannot follow a method "
+                f"with momentum such as {type(optimizer).__name__}: set `substeps`, as "
+                "in `CentralFlow(substeps=2)`."
+            )
         margin, eigen_tolerance = jnp.asarray(_MARGIN), self.eigen_tolerance
         if self.substeps is not None:
             margin = _MAX_RISE * self.renew_every / self.substeps
@@ -222,12 +228,17 @@ class CentralFlow(AbstractFlow):
         # Euler steps of length h of ds/dt = -s / tau grow where h > 2 tau.
         rates = [jnp.max(-d) for d in jax.tree.leaves(state_decay(optimizer, y))]
         fewest = float(jnp.max(jnp.stack(rates))) / 2 if rates else 0.0
+        if optimizer.has_memory:
+            # Steps of length h = 1 are those of the method itself, at the limit of
+            # stability at the edge. At h = 1/2 the limit is four times as far.
+            fewest = max(fewest, 2.0)
         if self.substeps < fewest:
+            adaptive = ", or leave `substeps` out for adaptive steps"
             raise ValueError(
-                f"`substeps` is {int(self.substeps)}, but the state of this optimizer "
-                "relaxes so fast that fixed steps of the flow are unstable with fewer "
-                f"than {math.ceil(fewest)} per optimizer step: set more, or leave "
-                "`substeps` out for adaptive steps."
+                f"`substeps` is {int(self.substeps)}, but fixed steps of the flow of "
+                "this optimizer and its state are unstable with fewer than "
+                f"{math.ceil(fewest)} per optimizer step: set more"
+                f"{'' if optimizer.has_memory else adaptive}."
             )
 
     def large_enough(self, solver_state: Any) -> "CentralFlow":

@@ -66,11 +66,14 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         HU = self.optimizer.critical_sharpness * P * e.eigenvectors
         return Forcing(force, jnp.sum(HU * (X @ HU), axis=0))
 
-    def rate(self, y: FlowState, slope: Slope, forcing: Forcing) -> FlowState:
+    def rate(
+        self, y: FlowState, slope: Slope, forcing: Forcing, dt: Float[Array, ""]
+    ) -> FlowState:
         """dw/dt = velocity(w, s, E[g]) and ds/dt = state_rate(s, E[g], E[g * g])."""
         g = slope.gradient
         mean, mean_sq = g + forcing.gradient, g * g + forcing.gradient_sq
-        weights = self.optimizer.velocity(y.weights, y.optimizer_state, mean)
+        advanced = self.optimizer.advanced(y.optimizer_state, mean, dt)
+        weights = self.optimizer.velocity(y.weights, advanced, mean)
         state = self.optimizer.state_rate(y.optimizer_state, mean, mean_sq)
         observables = jax.tree.map(jnp.zeros_like, y.observables)
         if observables:
@@ -80,7 +83,11 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     def vf(self, t, y: FlowState, args) -> FlowState:
         """The rate at X = 0: the stable flow."""
         zero = jnp.zeros_like(y.weights)
-        return self.rate(y, self.slope(y), Forcing(zero, zero))
+        return self.rate(y, self.slope(y), Forcing(zero, zero), t - t)
+
+    @property
+    def memory(self) -> float | Float[Array, ""]:
+        return self.optimizer.memory
 
     # The constraint C = U (kappa P - H) U'.
 

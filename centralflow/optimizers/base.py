@@ -103,6 +103,11 @@ class AbstractOptimizer(eqx.Module):
         the momentum, 0 without."""
         return 0.0
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether `memory` is not the constant zero."""
+        return not (isinstance(self.memory, float) and self.memory == 0)
+
     def velocity(
         self, weights: Vector, state: PyTree[Array], gradient: Vector
     ) -> Vector:

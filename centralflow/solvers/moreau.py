@@ -59,7 +59,7 @@ class Moreau(diffrax.AbstractSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del args, made_jump
         term, dt = terms.term, t1 - t0
-        rate = _rate(term, y0, solver_state.expansion, solver_state.X)
+        rate = _rate(term, y0, solver_state.expansion, solver_state.X, dt)
         y1 = jax.tree.map(lambda y, r: y + dt * r, y0, rate)
         y1, new_state = _complete(term, y1, solver_state, dt)
         good = term.is_finite(y1, new_state.expansion)
@@ -81,9 +81,11 @@ def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
     expansion = term.expand(y, None if previous is None else previous.expansion)
     C = term.constraint(expansion)
 
+    horizon = dt + term.memory
+
     def end(X):
-        rate = _rate(term, y, expansion, X)
-        return C + dt * term.constraint_rate(y, expansion, rate)
+        rate = _rate(term, y, expansion, X, horizon)
+        return C + horizon * term.constraint_rate(y, expansion, rate)
 
     solution = multiplier(end, term.active(expansion), C)
     failures = jnp.int32(0) if previous is None else previous.unconverged
@@ -92,8 +94,8 @@ def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
     return y, _State(expansion, solution.X, failures)
 
 
-def _rate(term: AbstractComplementarityTerm, y, expansion, X) -> PyTree:
-    return term.rate(y, expansion.slope, term.forcing(y, expansion, X))
+def _rate(term: AbstractComplementarityTerm, y, expansion, X, dt) -> PyTree:
+    return term.rate(y, expansion.slope, term.forcing(y, expansion, X), dt)
 
 
 def multiplier(

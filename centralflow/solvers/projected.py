@@ -128,7 +128,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 1. The prediction.
         def rate_of(y, slope, forcing):
-            return term.slowed(y, slope, term.rate(y, slope, forcing), s.stiff, dt)
+            return term.slowed(
+                y, slope, term.rate(y, slope, forcing, 0 * dt), s.stiff, dt
+            )
 
         rate0 = rate_of(y0, s.expansion.slope, s.forcing)
         reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)

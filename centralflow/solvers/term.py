@@ -25,8 +25,15 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
         """What f needs to know of y."""
 
     @abc.abstractmethod
-    def rate(self, y: PyTree, slope: Any, forcing: PyTree) -> PyTree:
-        """f(y, forcing)."""
+    def rate(
+        self, y: PyTree, slope: Any, forcing: PyTree, dt: Float[Array, ""]
+    ) -> PyTree:
+        """f(y, forcing), for an explicit step of length dt."""
+
+    @property
+    @abc.abstractmethod
+    def memory(self) -> float | Float[Array, ""]:
+        """How long the constraint takes to answer to X."""
 
     @abc.abstractmethod
     def forcing(
