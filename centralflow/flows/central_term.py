@@ -72,9 +72,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         """dw/dt = velocity(w, s, E[g]) and ds/dt = state_rate(s, E[g], E[g * g])."""
         g = slope.gradient
         mean, mean_sq = g + forcing.gradient, g * g + forcing.gradient_sq
-        advanced = self.optimizer.advanced(y.optimizer_state, mean, dt)
-        weights = self.optimizer.velocity(y.weights, advanced, mean)
-        state = self.optimizer.state_rate(y.optimizer_state, mean, mean_sq)
+        weights, state = self.optimizer.step_rates(
+            y.weights, y.optimizer_state, mean, mean_sq, dt
+        )
         observables = jax.tree.map(jnp.zeros_like, y.observables)
         if observables:
             observables["smooth"]["loss"] = g @ weights

@@ -1,6 +1,7 @@
 """Adam and NAdam: RMSProp with momentum."""
 
 import abc
+import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from .base import (
     checked_eps,
     checked_flag,
     checked_learning_rate,
+    mean_of_decay,
     relaxation_rate,
 )
 from .rmsprop import RMSProp, SecondMoment, checked_beta2
@@ -58,11 +60,19 @@ class _AbstractAdam(AbstractOptimizer):
         second = self.rmsprop.state_rate(state.second, gradient, gradient_sq)
         return Moments(m, second)
 
-    def advanced(
-        self, state: Moments, gradient: Vector, dt: Float[Array, ""]
-    ) -> Moments:
-        kept = self.beta1.astype(gradient.dtype) ** dt
-        return Moments(kept * state.m + (1 - kept) * gradient, state.second)
+    def step_rates(
+        self,
+        weights: Vector,
+        state: Moments,
+        gradient: Vector,
+        gradient_sq: Vector,
+        dt: Float[Array, ""],
+    ) -> tuple[Vector, Moments]:
+        rate = self.state_rate(state, gradient, gradient_sq)
+        m = rate.m * mean_of_decay(dt / self.memory).astype(gradient.dtype)
+        at_end = dataclasses.replace(state, m=state.m + dt * m)
+        velocity = self.velocity(weights, at_end, gradient)
+        return velocity, dataclasses.replace(rate, m=m)
 
     @property
     def memory(self) -> Float[Array, ""]:

@@ -87,15 +87,24 @@ class AbstractOptimizer(eqx.Module):
         is at."""
         return jnp.zeros(())
 
-    def advanced(
-        self, state: PyTree[Array], gradient: Vector, dt: Float[Array, ""]
-    ) -> PyTree[Array]:
-        """The state with which a step of length dt of the flow is made. That is the one
-        at its start, but for a momentum, which takes in the mean gradient for a time
-        dt: then the two of weights and momentum are stepped as the discrete method does
-        it. (With the momentum of the start, the modes with complex rates would grow.)
+    def step_rates(
+        self,
+        weights: Vector,
+        state: PyTree[Array],
+        gradient: Vector,
+        gradient_sq: Vector,
+        dt: Float[Array, ""],
+    ) -> tuple[Vector, PyTree[Array]]:
+        """The time derivatives of weights and state with which a step of length dt of a
+        flow is made, from E[g] = `gradient` and E[g * g] = `gradient_sq` at its start.
+
+        Those at the start; but a momentum relaxes, and the weights move with what it is
+        at the end, as in the discrete method. (With that of the start the modes with
+        complex rates would grow.) A state with a momentum has it as its field `m`.
         """
-        return state
+        del dt
+        velocity = self.velocity(weights, state, gradient)
+        return velocity, self.state_rate(state, gradient, gradient_sq)
 
     @property
     def memory(self) -> float | Float[Array, ""]:
@@ -163,6 +172,12 @@ def relaxation_rate(beta: Float[Array, ""]) -> Float[Array, ""]:
     in the delay, for the velocity of a step is its mean, not that at its start.)
     """
     return -jnp.log(beta)
+
+
+def mean_of_decay(z: Float[Array, ""]) -> Float[Array, ""]:
+    """(1 - e^-z) / z, the mean of e^-t over [0, z]."""
+    small = z < 1e-3
+    return jnp.where(small, 1 - z / 2, -jnp.expm1(-z) / jnp.where(small, 1, z))
 
 
 def checked_decay(name: str, value: Any) -> Float[Array, ""]:

@@ -1,6 +1,7 @@
 """Heavy ball and Nesterov's method: gradient descent with momentum."""
 
 import abc
+import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from .base import (
     checked_decay,
     checked_flag,
     checked_learning_rate,
+    mean_of_decay,
     rate_of_last_update,
     relaxation_rate,
 )
@@ -45,12 +47,19 @@ class _AbstractMomentum(AbstractOptimizer):
         m = rate * (self._limit(gradient) - state.m)
         return Momentum(jnp.ones_like(state.updates), m)
 
-    def advanced(
-        self, state: Momentum, gradient: Vector, dt: Float[Array, ""]
-    ) -> Momentum:
-        kept = self.beta.astype(gradient.dtype) ** dt
-        m = kept * state.m + (1 - kept) * self._limit(gradient)
-        return Momentum(state.updates, m)
+    def step_rates(
+        self,
+        weights: Vector,
+        state: Momentum,
+        gradient: Vector,
+        gradient_sq: Vector,
+        dt: Float[Array, ""],
+    ) -> tuple[Vector, Momentum]:
+        rate = self.state_rate(state, gradient, gradient_sq)
+        m = rate.m * mean_of_decay(dt / self.memory).astype(gradient.dtype)
+        at_end = dataclasses.replace(state, m=state.m + dt * m)
+        velocity = self.velocity(weights, at_end, gradient)
+        return velocity, dataclasses.replace(rate, m=m)
 
     @property
     def memory(self) -> Float[Array, ""]:
