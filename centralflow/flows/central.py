@@ -128,12 +128,6 @@ class CentralFlow(AbstractFlow):
         coordinates: Int[Array, " C"],
         rtol: Float[Array, ""] | None,
     ) -> CentralTerm:
-        if self.substeps is None and optimizer.has_memory:
-            raise ValueError(
-                "`flow`: the adaptive steps of `CentralFlow()` cannot follow a method "
-                f"with momentum such as {type(optimizer).__name__}: set `substeps`, as "
-                "in `CentralFlow(substeps=2)`."
-            )
         margin, eigen_tolerance = jnp.asarray(_MARGIN), self.eigen_tolerance
         if self.substeps is not None:
             margin = _MAX_RISE * self.renew_every / self.substeps
@@ -233,12 +227,11 @@ class CentralFlow(AbstractFlow):
             # stability at the edge. At h = 1/2 the limit is four times as far.
             fewest = max(fewest, 2.0)
         if self.substeps < fewest:
-            adaptive = ", or leave `substeps` out for adaptive steps"
             raise ValueError(
                 f"`substeps` is {int(self.substeps)}, but fixed steps of the flow of "
                 "this optimizer and its state are unstable with fewer than "
-                f"{math.ceil(fewest)} per optimizer step: set more"
-                f"{'' if optimizer.has_memory else adaptive}."
+                f"{math.ceil(fewest)} per optimizer step: set more, or leave "
+                "`substeps` out for adaptive steps."
             )
 
     def large_enough(self, solver_state: Any) -> "CentralFlow":

@@ -24,6 +24,7 @@ from ..precision import full_precision
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
+from .leapfrog import RingingResponse, leapfrog
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
@@ -107,6 +108,19 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         dH = e.forces @ rate.weights
         dH = jnp.zeros_like(e.hessian).at[i, j].set(dH).at[j, i].set(dH)
         return kappa * (U * dP) @ U.T - dH
+
+    @full_precision
+    def drift(self, y: FlowState, e: Expansion, rate: FlowState) -> FlowState:
+        """Without what the tracked modes do, if they ring: with momentum they return,
+        several times within the memory."""
+        if not self.rings:
+            return rate
+        P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
+        fast = jnp.arange(self.block_size) < e.tracked
+        fast &= e.sharpness > 0.1 * self.optimizer.critical_sharpness
+        along = jnp.where(fast, U @ (P * rate.weights), 0)
+        weights = rate.weights - along @ U
+        return FlowState(weights, rate.optimizer_state, rate.observables)
 
     def active(self, e: Expansion) -> Int[Array, ""]:
         return e.critical
@@ -374,10 +388,20 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
     def responder(
         self, y: FlowState, e: Expansion, dt: Float[Array, ""]
-    ) -> tuple[Response, StiffModes, Expansion]:
+    ) -> tuple[Callable, StiffModes, Expansion]:
         active = jnp.arange(self.block_size) < e.critical
         force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
-        return responder(self.objective, self.optimizer, y, e, force, dt)
+        kind = RingingResponse if self.rings else Response
+        return responder(self.objective, self.optimizer, y, e, force, dt, kind)
+
+    @property
+    def rings(self) -> bool:
+        return self.optimizer.has_memory
+
+    def ring(
+        self, y: FlowState, slope: Slope, forcing: Forcing, dt: Float[Array, ""]
+    ) -> tuple[FlowState, FlowState, Int[Array, ""], Float[Array, ""]]:
+        return leapfrog(self, y, slope, forcing, dt)
 
     def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors

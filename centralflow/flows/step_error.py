@@ -26,6 +26,8 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     - `jump`: the correction over the length of the path.
     - `violation`: what the correction had to do for the constraint.
     - `remainder`: what it left to do.
+    - `between`: of modes that ring, how far the loss at the middle of the step is from
+        the cubic through its ends.
     - `P`: how far the step sizes 1/P are from linear in time; a schedule of the
         learning rate may do anything.
     """
@@ -58,6 +60,12 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
     change = jnp.max(moved)
     jump = jump * change / (change + 0.1 * term.rtol * kappa)
+    between = jnp.zeros_like(jump)
+    if term.rings:
+        of_loss = lambda rate: rate.observables["smooth"]["loss"]
+        cubic = (e0.slope.loss + e.slope.loss) / 2
+        cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
+        between = jnp.abs(step.middle - cubic) / loss
     return dict(
         path=0.05 * norm(defect) / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
@@ -65,6 +73,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         jump=0.1 * jump,
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
+        between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
 

@@ -85,7 +85,8 @@ def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
 
     def end(X):
         rate = _rate(term, y, expansion, X, horizon)
-        return C + horizon * term.constraint_rate(y, expansion, rate)
+        drift = term.drift(y, expansion, rate)
+        return C + horizon * term.constraint_rate(y, expansion, drift)
 
     solution = multiplier(end, term.active(expansion), C)
     failures = jnp.int32(0) if previous is None else previous.unconverged

@@ -133,10 +133,17 @@ class ProjectedRKC(diffrax.AbstractSolver):
             )
 
         rate0 = rate_of(y0, s.expansion.slope, s.forcing)
-        reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
-        R, longest = polynomial(reach)
-        rate = lambda y: rate_of(y, term.slope(y), s.forcing)
-        predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
+        if term.rings:
+            predicted, rate_ahead, stages, middle = term.ring(
+                y0, s.expansion.slope, s.forcing, dt
+            )
+            possible = jnp.bool_(True)
+        else:
+            reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
+            R, longest = polynomial(reach)
+            rate = lambda y: rate_of(y, term.slope(y), s.forcing)
+            predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
+            stages, possible, middle = R.stages, reach <= longest, None
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
@@ -161,20 +168,31 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
         start = lambda mean, end: tree_map(lambda m, a: 2 * m - a, mean, end)
 
-        def correction(X):
+        def changes(X):
             forcing = term.forcing(predicted, e, X)
             average = mean(forcing, s.mean_forcing)
             rise = subtract(forcing, start(average, forcing))
-            return respond(subtract(average, s.forcing), rise)
+            return subtract(average, s.forcing), rise
 
-        end = lambda X: C + term.constraint_rate(predicted, e, correction(X))
-        solution = multiplier(lambda X: end(X) + slack, term.active(e), C)
+        correction = lambda X: respond(*changes(X))
+        rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
+        end = lambda X: C + rate_of_C(correction(X))
+
+        def ahead(X):
+            if not term.rings:
+                return end(X)
+            # A momentum carries on: what stopped at the edge would leave it again.
+            rate = add(rate_ahead, respond.rate(*changes(X)))
+            drift = term.drift(predicted, e, rate)
+            return end(X) + term.memory * rate_of_C(drift)
+
+        solution = multiplier(lambda X: ahead(X) + slack, term.active(e), C)
         X = solution.X
 
         # 4. The correction.
         change, forcing = correction(X), term.forcing(predicted, e, X)
         y1 = add(predicted, change)
-        e1 = term.complete(y1, e, X, R.stages, solution.converged)
+        e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
@@ -186,7 +204,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             lambda a, b, r0, r1: 0.8 * (a - b) + 0.4 * dt * (r0 + r1),
             y0, y1, rate0, rate1,
         )  # fmt: skip
-        defect, e1 = term.damped(y1, e1, defect, dt)
+        if term.rings:  # the modes were resolved
+            defect = tree_map(jnp.zeros_like, defect)
+        else:
+            defect, e1 = term.damped(y1, e1, defect, dt)
         y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
         step = Step(
             dt,
@@ -201,9 +222,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             defect,
             change,
             excess,
+            middle,
         )
         error = term.relative_error(step)
-        good = term.is_finite(y1, e1) & (error < 1) & (reach <= longest)
+        good = term.is_finite(y1, e1) & (error < 1) & possible
         error = jnp.where(good, error, jnp.inf)
 
         # The observables of X, linear between the ends of steps. If they were zero
