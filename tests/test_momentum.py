@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.integrate import solve_ivp
 
 import centralflow as cf
+from centralflow.flows.base import FlowState
+from centralflow.flows.expansion import Forcing
+from centralflow.flows.leapfrog import RingingResponse
+from centralflow.krylov import krylov
 
 RATES = [0.02, optax.cosine_decay_schedule(0.02, 10)]
 BETAS = [0.1, 0.5, 0.9, 0.99]
@@ -254,3 +259,62 @@ def test_momentum_needs_two_fixed_steps():
 def test_arguments_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Long steps.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "optimizer",
+    [cf.HeavyBall(0.3, 0.9), cf.Nesterov(0.3, 0.9), cf.HeavyBall(0.3, 0.5)],
+    ids=["heavy ball", "Nesterov", "heavy ball, 0.5"],
+)
+@pytest.mark.parametrize("dt", [2.0, 9.0])
+def test_the_response_of_ringing_modes(optimizer, dt):
+    """On a quadratic, the change of the end of a step by a change of the forcing, one
+    that is constant and one that is linear: against SciPy's integration of the flow."""
+    n, k = 5, 2
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    spectrum = float(optimizer.critical_sharpness) * np.array(
+        [1.0, 0.6, 0.2, 0.01, 0.0]
+    )
+    eta, beta = 0.3, float(optimizer.beta)
+    A = Q * spectrum @ Q.T  # eta H
+    y = FlowState(jnp.zeros(n), optimizer.init(jnp.zeros(n)), {})
+    V, force = jnp.asarray(Q[:, :k].T), jnp.asarray(rng.normal(size=n))
+    across = lambda x: x - V.T @ (V @ x)
+    space = krylov(lambda x: across(A @ across(x)), across(force), jnp.int32(3), 3)
+    respond = RingingResponse(
+        optimizer, y, jnp.asarray(dt), V, jnp.asarray(spectrum[:k]), space
+    )
+    c, gain = -np.log(beta), 1 / (1 - beta)
+    own = 1.0 if isinstance(optimizer, cf.Nesterov) else 0.0
+
+    def exact(shape):
+        def rate(t, z):
+            w, m = z[:n], z[n:]
+            g = A @ w / eta + shape(t / dt) * np.asarray(force)
+            step = m if not own else beta * m + g
+            return np.concatenate([-eta * step, c * (gain * g - m)])
+
+        end = solve_ivp(rate, (0, dt), np.zeros(2 * n), rtol=1e-10, atol=1e-12)
+        return end.y[:n, -1], end.y[n:, -1]
+
+    zero = Forcing(jnp.zeros(n), jnp.zeros(n))
+    forcing = Forcing(force, jnp.zeros(n))
+    for shape, change in (
+        (lambda t: 1.0, respond(forcing, zero)),
+        (lambda t: t - 0.5, respond(zero, forcing)),
+    ):
+        w, m = exact(shape)
+        # Second order, with steps of 1/2 and rings of sqrt(c s) h < 1: the phase is
+        # off by up to (c s)^(3/2) h^2 dt / 24, of modes that decay with beta^(t/2).
+        # Nesterov's own gradient lags by h / 2, as in the method it does by 1 / 2.
+        scale = np.max(np.abs(exact(lambda t: 1.0)[0]))
+        lag = 0.25 * own * eta * np.max(np.abs(force))
+        np.testing.assert_allclose(change.weights, w, atol=0.1 * scale + lag)
+        np.testing.assert_allclose(
+            change.optimizer_state.m, m, atol=0.1 * np.max(np.abs(m)) + 0.1
+        )
