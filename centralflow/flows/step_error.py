@@ -55,7 +55,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     # the square of what these turned, over the distance of those to which they turned.
     both = rows[:, None] & rows
     remainder = jnp.max(jnp.where(both, jnp.abs(after - step.linearized), 0))
-    remainder = jnp.maximum(remainder, 6 * e.turned**2)
+    remainder = jnp.maximum(remainder, 12 * e.turned**2 / kappa)
     # In steps of a few units a change of X is answered to exactly.
     jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
     change = jnp.max(moved)
