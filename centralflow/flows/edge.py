@@ -15,6 +15,36 @@ from .stable import StableFlow
 
 
 class EdgeFlow(AbstractFlow):
+    """Edge flow: a centre c and the oscillation a around it. With the gradients g+ and
+    g- at the ends c + a and c - a,
+
+        dc/dt = -(eta/2) (g+ + g-),      da/dt = (eta/2) (g+ - g-) - 2 a.
+
+    For gradient descent only. Integrated by Diffrax's `Tsit5` with an adaptive step
+    size: a decays at rates of up to 2 per optimizer step, so steps are of the order of
+    one, of six pairs of gradients each. Unit Euler steps would be cheaper and look
+    perfect, but prove nothing: they are gradient descent itself, from the two points
+    c + a and c - a, whose names change in each step.
+
+    a = 0 is a solution. The oscillation starts from what alternates in the first two
+    steps of the optimizer, and from rounding errors: the optimizer makes them in each
+    step, and when it has been stable for long they are what its next oscillation grows
+    from. So the flow does not let a fall below those of the dtype of the weights.
+
+    ??? cite "Reference"
+
+        P. Marion, arXiv 2606.18080.
+    """
+
+    # With w_k = c_k + (-1)^k a_k, gradient descent from both ends is, exactly,
+    #
+    #     c_{k+1} - c_k = -(eta/2) (g+ + g-),      a_{k+1} = -a_k + (eta/2) (g+ - g-),
+    #
+    # the sign being that of (-1)^k. Where a mode with s = eta lambda alternates,
+    # a_{k+1} = (s - 1) a_k, and the rate s - 2 is its log to first order at the edge.
+    #
+    # a is kept as direction and size: d log|a| / dt = m - 2 and dv/dt = q - m v, where
+    # (eta/2) (g+ - g-) = |a| q, and m is the part of q along v.
     stable: StableFlow = StableFlow()
 
     @property
@@ -40,7 +70,7 @@ class EdgeFlow(AbstractFlow):
     ) -> diffrax.ODETerm:
         if not isinstance(optimizer, GradientDescent):
             raise ValueError(
-                "`flow` is `EdgeFlow()`, which is a model of gradient descent only, but "
+                "`flow` is `EdgeFlow()`, a model of gradient descent only, but "
                 f"`optimizer` is {type(optimizer).__name__}: use `RodFlow()` or "
                 "`CentralFlow()`."
             )

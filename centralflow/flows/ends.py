@@ -1,4 +1,4 @@
-"""What rod flow and edge flow share: a centre, and the two ends that the optimizer jumps
+"""What rod flow and edge flow share: a centre, and two ends that the optimizer jumps
 between."""
 
 from collections.abc import Callable
@@ -53,11 +53,11 @@ class Ends(eqx.Module):
     def start(self, y: FlowState) -> FlowState:
         """The centre and the oscillation, from the first two steps of the optimizer.
 
-        With z the centre plus a smooth part that alternates in sign, (V(z0) - V(z1)) /
-        4 leads from z0 to the second-order midpoint; on a straight path it is zero. The
-        centre is between z0 and z1 in each entry: the second moments of an adaptive
-        optimizer change by orders of magnitude in the first steps, and what that says
-        of an oscillation could make them negative.
+        (V(z0) - V(z1)) / 4 leads from z0 to where what alternates cancels, as in the
+        second-order midpoints, and is zero on a straight path. In each entry the centre
+        is between z0 and z1: the second moments of an adaptive optimizer change by
+        orders of magnitude in the first steps, which has nothing to do with an
+        oscillation and could make them negative.
         """
         z, unravel = ravel_pytree((y.weights, y.optimizer_state))
         V0, _ = self.move(*unravel(z))
@@ -69,7 +69,7 @@ class Ends(eqx.Module):
         still = jnp.linalg.norm(shift[:n]) == 0
         direction = jnp.where(still, jnp.where(jnp.any(V0[:n]), V0, 1) * weights, shift)
         size = jnp.linalg.norm(direction[:n])
-        first = jnp.where(still, rounding(y.weights), size)
+        first = jnp.where(still, rounding(y.weights, direction[:n]), size)
         centre = unravel(z + shift)
         return FlowState(*centre, {}, Oscillation(-direction / size, jnp.log(first)))
 
@@ -119,16 +119,25 @@ class AtEnds(eqx.Module):
     noise: Float[Array, ""]  # the growth of log r from rounding errors
 
 
-def rounding(weights: Float[Array, " n"]) -> Float[Array, ""]:
-    """The size of the rounding errors of one step."""
-    tiny = jnp.finfo(weights.dtype)
-    return tiny.eps * jnp.linalg.norm(weights) + tiny.tiny**0.5
+def rounding(
+    weights: Float[Array, " n"], direction: Float[Array, " n"]
+) -> Float[Array, ""]:
+    """The size of the rounding errors of one step along a direction, over its length.
+
+    Those of rounding to nearest are at most eps/2 of each weight, and about eps/4 in
+    the root mean square.
+    """
+    info = jnp.finfo(weights.dtype)
+    errors = (
+        info.eps / 4 * jnp.linalg.norm(weights * direction) / jnp.linalg.norm(direction)
+    )
+    return errors + info.tiny**0.5
 
 
 def at_ends(ends: Ends, y: FlowState, *, bend: bool) -> AtEnds:
     z, unravel = ravel_pytree((y.weights, y.optimizer_state))
     v, n = y.oscillation.direction, y.weights.size
-    length, noise = jnp.linalg.norm(v[:n]), rounding(y.weights)
+    length, noise = jnp.linalg.norm(v[:n]), rounding(y.weights, v[:n])
     size = jnp.exp(y.oscillation.log_size)
     # Differences over shorter distances are rounding errors. The oscillation has no
     # effect on the centre there.
@@ -154,9 +163,7 @@ def at_ends(ends: Ends, y: FlowState, *, bend: bool) -> AtEnds:
     )
 
 
-def rates(
-    y: FlowState, centre: Array, direction: Array, log_size: Array
-) -> FlowState:
+def rates(y: FlowState, centre: Array, direction: Array, log_size: Array) -> FlowState:
     """The time derivative of y from those of its parts."""
     _, unravel = ravel_pytree((y.weights, y.optimizer_state))
     return FlowState(*unravel(centre), {}, Oscillation(direction, log_size))

@@ -16,6 +16,61 @@ from .stable import StableFlow
 
 
 class RodFlow(AbstractFlow):
+    """Rod flow: the centre z of the iterates and the half distance a between two of
+    them, along which they jump to and fro. With one step of the optimizer z -> z + V(z)
+    in the space of weights and state, V+ and V- at the ends z + a and z - a, DV+ and
+    DV- the derivatives there, and F = (V+ + V-) / 2,
+
+        dz/dt     = F - (1/4) (DV+ + DV-) F,
+        dSigma/dt = (V+ V+' + V- V-') / 4 - 2 Sigma,      Sigma = a a':
+
+    for gradient descent, V = -eta g and DV = -eta H. For any optimizer of this package,
+    momentum included. Integrated by Diffrax's `Tsit5` with an adaptive step size.
+
+    The centre decays at rates of up to 4 per optimizer step and a at up to 2, so steps
+    are of the order of one, and of six pairs of gradients and products with H each: far
+    dearer than the optimizer itself. It needs no third derivatives.
+
+    Sigma, of the size of the weights squared, is kept as one vector. There is one,
+    because all that alternates does so in step. A start from `optimizer_state` and
+    `model` finds it from two steps of the optimizer.
+
+    ??? cite "Reference"
+
+        E. Regis, S. Chewi, arXiv 2602.01480; arXiv 2605.06821 for the general map.
+    """
+
+    # Where the equations come from. With consecutive iterates at the ends, z_k - a_k
+    # and z_k + a_k, exactly
+    #
+    #     z_{k+1} - z_k = (V+ + V-) / 2 = F,      a_{k+1} = V+ / 2,      a_k = V- / 2,
+    #
+    # so that the map of z is F, and of the sign-free a a' it is (V+ V+' + V- V-') / 4 -
+    # a a'. A flow whose unit steps are z + F has the velocity F - (1/2) DF F to second
+    # order, DF = (DV+ + DV-) / 2. That is dz/dt.
+    #
+    # What is kept of Sigma. Write V+- = F -+ q: the right-hand side is (1/2) (F F' +
+    # q q') - 2 Sigma, its memory half a step, and Sigma is nearly F F' / 4 + q q' / 4.
+    # Of these two the first is the drift from one iterate to the next. It does not
+    # alternate, but it is the larger one until the oscillation has grown, and then the
+    # top eigenvector of Sigma is F, the ends are at z +- F / 2, and nothing drives what
+    # is transverse: with that vector for a, even the full n x n equation passes the
+    # edge and never oscillates (on the parabola of the tests y = 8.9 at step 1,300, and
+    # rising). Nor does a projection of F F' on the tangent space of rank-one matrices
+    # drive it. With a column for each eigenvector of Sigma, the drift starts the
+    # oscillation too early (7.22; the optimizer, 7.58). So a is what alternates, and
+    # F F' is left out: the oscillation starts from rounding errors, as the optimizer's
+    # does. This also keeps counters and averages in the state at t, and not t +- 1/2.
+    #
+    # The rest, M = q q' / 2 - 2 a a', is projected. Along v = a / |a|, with
+    # q = |a| (m v + e) and e across v, v' M v gives d log|a| / dt = m^2 / 4 - 1.
+    # Across, the projection on the tangent space is dv/dt = (m / 2) e. With eigenvalues
+    # s_i of -DV, the component v_i of a then changes at the rate s_i m / 2 - m^2 / 4 -
+    # 1, but Sigma_ii of the full equation as a_i^2 with the rate s_i^2 / 4 - 1. At the
+    # edge, m = 2, they are the same to first order in s_i - 2. Where a is across the
+    # stiff directions, as at a start, m is near zero, and the projection would let the
+    # mode that is about to oscillate decay with the others. (2 + m) / 4 for m / 2 is
+    # exact for a mode with s_i = 2 among modes with s_i = 0, whatever their share.
     stable: StableFlow = StableFlow()
 
     @property
@@ -61,6 +116,8 @@ class RodFlow(AbstractFlow):
         return term.vector_field.ends.observe(y)
 
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+        # Tsit5 has seven stages, the first of which is the last of the step before. To
+        # start takes two gradients, and a report three; one more is of the start.
         fields = 6 * solution.stats["num_steps"] + 1
         return Work(gradients=2 * fields + 2 + 3 * (reports + 1), hvps=2 * fields)
 
@@ -71,4 +128,5 @@ class _RodField(eqx.Module):
     def __call__(self, t, y: FlowState, args) -> FlowState:
         e, v = at_ends(self.ends, y, bend=True), y.oscillation.direction
         turn = (2 + jnp.clip(e.m, 0, 2)) / 4
-        return rates(y, e.F - e.bend / 2, turn * (e.q - e.m * v), e.m**2 / 4 - 1 + e.noise)
+        growth = e.m**2 / 4 - 1 + e.noise
+        return rates(y, e.F - e.bend / 2, turn * (e.q - e.m * v), growth)
