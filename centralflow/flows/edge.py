@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer, GradientDescent
 from .base import AbstractFlow, FlowState, Work
-from .ends import Ends, at_ends, check_oscillation, rates
+from .ends import Ends, Rod, check_oscillation
 from .stable import StableFlow
 
 
@@ -42,9 +42,6 @@ class EdgeFlow(AbstractFlow):
     #
     # the sign being that of (-1)^k. Where a mode with s = eta lambda alternates,
     # a_{k+1} = (s - 1) a_k, and the rate s - 2 is its log to first order at the edge.
-    #
-    # a is kept as direction and size: d log|a| / dt = m - 2 and dv/dt = q - m v, where
-    # (eta/2) (g+ - g-) = |a| q, and m is the part of q along v.
     stable: StableFlow = StableFlow()
 
     @property
@@ -105,5 +102,6 @@ class _EdgeField(eqx.Module):
     ends: Ends
 
     def __call__(self, t, y: FlowState, args) -> FlowState:
-        e, v = at_ends(self.ends, y, bend=False), y.oscillation.direction
-        return rates(y, e.F, e.q - e.m * v, e.m - 2 + e.noise)
+        rod, v = Rod(self.ends, y), y.oscillation.direction
+        up, down = rod.steps(v)
+        return rod.rates(y, (up + down) / 2, rod.across(up, down) - 2 * v)

@@ -41,14 +41,10 @@ class Ends(eqx.Module):
     metrics: dict[str, Callable]
     coordinates: Int[Array, " C"]
 
-    def move(
-        self, weights: Array, state: PyTree[Array]
-    ) -> tuple[Float[Array, " N"], Float[Array, " n"]]:
-        """V(z), flat, and the diagonal of P with which the step is made."""
+    def move(self, weights: Array, state: PyTree[Array]) -> Float[Array, " N"]:
+        """V(z), flat."""
         new = self.optimizer.update(weights, state, self.objective.grad(weights))
-        P = self.optimizer.preconditioner(new[1])
-        V = jax.tree.map(jnp.subtract, new, (weights, state))
-        return ravel_pytree(V)[0], jnp.broadcast_to(P, weights.shape)
+        return ravel_pytree(jax.tree.map(jnp.subtract, new, (weights, state)))[0]
 
     def start(self, y: FlowState) -> FlowState:
         """The centre and the oscillation, from the first two steps of the optimizer.
@@ -60,8 +56,8 @@ class Ends(eqx.Module):
         oscillation and could make them negative.
         """
         z, unravel = ravel_pytree((y.weights, y.optimizer_state))
-        V0, _ = self.move(*unravel(z))
-        V1, _ = self.move(*unravel(z + V0))
+        V0 = self.move(*unravel(z))
+        V1 = self.move(*unravel(z + V0))
         shift = jnp.clip((V0 - V1) / 4, jnp.minimum(V0, 0), jnp.maximum(V0, 0))
         n = y.weights.size
         # Where nothing alternates, any direction will do.
@@ -108,65 +104,65 @@ class Ends(eqx.Module):
         )
 
 
-class AtEnds(eqx.Module):
-    """The means and the half difference of V at the ends z + r v and z - r v, for a
-    direction v."""
+class Rod(eqx.Module):
+    """The optimizer's step at both ends of a rod z + r v, z - r v."""
 
-    F: Float[Array, " N"]  # (V+ + V-) / 2
-    q: Float[Array, " N"]  # (V- - V+) / (2 r)
-    m: Float[Array, ""]  # the part of q along v: q is about m v
-    bend: Float[Array, " N"]  # (DV+ + DV-) F / 2, or zeros
-    noise: Float[Array, ""]  # the growth of log r from rounding errors
+    ends: Ends
+    z: Float[Array, " N"]
+    r: Float[Array, ""]
+    noise: Float[Array, ""]  # what rounding errors add to d log(size) / dt
+    unravel: Callable[[Array], Any] = eqx.field(static=True)
+
+    def __init__(self, ends: Ends, y: FlowState):
+        self.ends, w = ends, y.weights
+        self.z, self.unravel = ravel_pytree((w, y.optimizer_state))
+        v, size = y.oscillation.direction[: w.size], jnp.exp(y.oscillation.log_size)
+        # Of modes that rotate the weights' part goes through zero.
+        length = jnp.maximum(jnp.linalg.norm(v), 0.1)
+        # A difference over a shorter distance is one of rounding errors. An oscillation
+        # that small has no effect on the centre.
+        far = jnp.finfo(w.dtype).eps ** 0.5 * jnp.linalg.norm(w)
+        self.r = jnp.maximum(size, far / length)
+        self.noise = (rounding(w, v) / (size * length)) ** 2 / 2
+
+    def steps(self, v: Float[Array, " N"]) -> tuple[Array, Array]:
+        """V+ and V-."""
+        return tuple(self._move(self.z + sign * self.r * v) for sign in (1, -1))
+
+    def linearized(self, v: Float[Array, " N"]) -> tuple[Array, Array, Callable]:
+        """V+ and V-, and the function (DV+ + DV-) / 2."""
+        up, push_up = jax.linearize(self._move, self.z + self.r * v)
+        down, push_down = jax.linearize(self._move, self.z - self.r * v)
+        return up, down, lambda x: (push_up(x) + push_down(x)) / 2
+
+    def across(self, up: Array, down: Array) -> Float[Array, " N"]:
+        """q = (V- - V+) / (2 r), which is -DV v if V is linear."""
+        return (down - up) / (2 * self.r)
+
+    def rates(self, y: FlowState, centre: Array, growth: Array) -> FlowState:
+        """dy/dt from dz/dt and da/dt over the size of a: the direction keeps its
+        length."""
+        v = y.oscillation.direction
+        along = (v @ growth) / (v @ v)
+        oscillation = Oscillation(growth - along * v, along + self.noise)
+        return FlowState(*self.unravel(centre), {}, oscillation)
+
+    def _move(self, z: Float[Array, " N"]) -> Float[Array, " N"]:
+        return self.ends.move(*self.unravel(z))
 
 
 def rounding(
     weights: Float[Array, " n"], direction: Float[Array, " n"]
 ) -> Float[Array, ""]:
-    """The size of the rounding errors of one step along a direction, over its length.
+    """The size of the rounding errors of one step along a direction.
 
     Those of rounding to nearest are at most eps/2 of each weight, and about eps/4 in
     the root mean square.
     """
     info = jnp.finfo(weights.dtype)
-    errors = (
-        info.eps / 4 * jnp.linalg.norm(weights * direction) / jnp.linalg.norm(direction)
-    )
-    return errors + info.tiny**0.5
-
-
-def at_ends(ends: Ends, y: FlowState, *, bend: bool) -> AtEnds:
-    z, unravel = ravel_pytree((y.weights, y.optimizer_state))
-    v, n = y.oscillation.direction, y.weights.size
-    length, noise = jnp.linalg.norm(v[:n]), rounding(y.weights, v[:n])
-    size = jnp.exp(y.oscillation.log_size)
-    # Differences over shorter distances are rounding errors. The oscillation has no
-    # effect on the centre there.
-    far = jnp.finfo(z.dtype).eps ** 0.5 * jnp.linalg.norm(y.weights)
-    r = jnp.maximum(size, far / length)
-    move = lambda z: ends.move(*unravel(z))
-    if bend:
-        up, push_up, P_up = jax.linearize(move, z + r * v, has_aux=True)
-        down, push_down, P_down = jax.linearize(move, z - r * v, has_aux=True)
-    else:
-        (up, P_up), (down, P_down) = move(z + r * v), move(z - r * v)
-    F, q, P = (up + down) / 2, (down - up) / (2 * r), (P_up + P_down)[:n] / 2
-    # P^-1 H, which q is about v times, is symmetric in the inner product of P.
-    along = lambda x: v[:n] @ (P * x[:n]) / (v[:n] @ (P * v[:n]))
-    return AtEnds(
-        F=F,
-        q=q,
-        m=along(q),
-        # A parameter whose gradient is always zero has a second moment of zero, where
-        # the root has no derivative.
-        bend=jnp.where(F == 0, 0, push_up(F) + push_down(F)) / 2 if bend else 0 * F,
-        noise=(noise / (size * length)) ** 2 / 2,
-    )
-
-
-def rates(y: FlowState, centre: Array, direction: Array, log_size: Array) -> FlowState:
-    """The time derivative of y from those of its parts."""
-    _, unravel = ravel_pytree((y.weights, y.optimizer_state))
-    return FlowState(*unravel(centre), {}, Oscillation(direction, log_size))
+    size = jnp.linalg.norm(weights * direction) + info.tiny**0.5
+    length = jnp.linalg.norm(direction) + info.tiny**0.5
+    return info.eps / 4 * size / length + info.tiny**0.5
 
 
 def check_oscillation(y: FlowState, previous: Any) -> None:

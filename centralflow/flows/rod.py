@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from .base import AbstractFlow, FlowState, Work
-from .ends import Ends, at_ends, check_oscillation, rates
+from .ends import Ends, Rod, check_oscillation
 from .stable import StableFlow
 
 
@@ -28,12 +28,12 @@ class RodFlow(AbstractFlow):
     momentum included. Integrated by Diffrax's `Tsit5` with an adaptive step size.
 
     The centre decays at rates of up to 4 per optimizer step and a at up to 2, so steps
-    are of the order of one, and of six pairs of gradients and products with H each: far
-    dearer than the optimizer itself. It needs no third derivatives.
+    are of the order of one, each of 24 gradients and 12 products with H: far dearer
+    than the optimizer itself. It needs no third derivatives.
 
-    Sigma, of the size of the weights squared, is kept as one vector. There is one,
-    because all that alternates does so in step. A start from `optimizer_state` and
-    `model` finds it from two steps of the optimizer.
+    Sigma, of the size of the weights squared, is kept as one vector a: all directions
+    that oscillate do so in step. It starts from what alternates in the first two steps
+    of the optimizer, and does not fall below rounding errors, as in edge flow.
 
     ??? cite "Reference"
 
@@ -62,15 +62,23 @@ class RodFlow(AbstractFlow):
     # F F' is left out: the oscillation starts from rounding errors, as the optimizer's
     # does. This also keeps counters and averages in the state at t, and not t +- 1/2.
     #
-    # The rest, M = q q' / 2 - 2 a a', is projected. Along v = a / |a|, with
-    # q = |a| (m v + e) and e across v, v' M v gives d log|a| / dt = m^2 / 4 - 1.
-    # Across, the projection on the tangent space is dv/dt = (m / 2) e. With eigenvalues
-    # s_i of -DV, the component v_i of a then changes at the rate s_i m / 2 - m^2 / 4 -
-    # 1, but Sigma_ii of the full equation as a_i^2 with the rate s_i^2 / 4 - 1. At the
-    # edge, m = 2, they are the same to first order in s_i - 2. Where a is across the
-    # stiff directions, as at a start, m is near zero, and the projection would let the
-    # mode that is about to oscillate decay with the others. (2 + m) / 4 for m / 2 is
-    # exact for a mode with s_i = 2 among modes with s_i = 0, whatever their share.
+    # The rest is linear, dSigma/dt = K Sigma K' / 2 - 2 Sigma with q = K a, and K = -DV
+    # if V is linear. With the eigenvalues s_i of K, Sigma_ij changes at the rate
+    # s_i s_j / 2 - 2. We take
+    #
+    #     da/dt = K K a / 4 - a,
+    #
+    # so that a_i a_j has the rate (s_i^2 + s_j^2) / 4 - 2: right for each i = j, and
+    # where both i and j oscillate, as s_i = s_j there. The projection of the right-hand
+    # side on the tangent space of rank-one matrices instead, da/dt = (m / 2) q - (m^2 /
+    # 4 + 1) a with m = a'q / a'a, needs no second product with K. It agrees with this
+    # where a is along an eigenvector. But where a is across the stiff directions, as at
+    # a start, m is near zero, and the mode that is about to oscillate decays with the
+    # others. And of a rotating mode of a method with momentum, m depends on the units
+    # of the state.
+    #
+    # K q is taken over a distance as long as a, so that K is the same, and of one
+    # direction that oscillates da/dt = q^2 / (4 a) - a is that of rod flow exactly.
     stable: StableFlow = StableFlow()
 
     @property
@@ -119,14 +127,20 @@ class RodFlow(AbstractFlow):
         # Tsit5 has seven stages, the first of which is the last of the step before. To
         # start takes two gradients, and a report three; one more is of the start.
         fields = 6 * solution.stats["num_steps"] + 1
-        return Work(gradients=2 * fields + 2 + 3 * (reports + 1), hvps=2 * fields)
+        return Work(gradients=4 * fields + 2 + 3 * (reports + 1), hvps=2 * fields)
 
 
 class _RodField(eqx.Module):
     ends: Ends
 
     def __call__(self, t, y: FlowState, args) -> FlowState:
-        e, v = at_ends(self.ends, y, bend=True), y.oscillation.direction
-        turn = (2 + jnp.clip(e.m, 0, 2)) / 4
-        growth = e.m**2 / 4 - 1 + e.noise
-        return rates(y, e.F - e.bend / 2, turn * (e.q - e.m * v), growth)
+        rod, v, n = Rod(self.ends, y), y.oscillation.direction, y.weights.size
+        up, down, push = rod.linearized(v)
+        F, q = (up + down) / 2, rod.across(up, down)
+        # A parameter whose gradient is always zero may have a second moment of zero,
+        # where the root has no derivative.
+        bend = jnp.where(F == 0, 0, push(F))
+        norm = lambda x: jnp.linalg.norm(x[:n])
+        scale = jnp.clip(norm(v) / norm(q), 0.1, 10)
+        Kq = rod.across(*rod.steps(scale * q)) / scale
+        return rod.rates(y, F - bend / 2, Kq / 4 - v)
