@@ -8,7 +8,7 @@ from scipy.integrate import solve_ivp
 
 import centralflow as cf
 
-from .problems import parabola, tiny_loss, tiny_network
+from .problems import parabola, reference, tiny_loss, tiny_network
 
 FLOWS = [cf.RodFlow(), cf.EdgeFlow()]
 
@@ -119,8 +119,12 @@ def test_one_vector_for_the_covariance():
     trace, top = np.trace(Sigma), np.linalg.eigvalsh(Sigma)[-1]
     travelled = np.linalg.norm(full.y[:n, -1] - w)
     distance = np.linalg.norm(full.y[:n, -1] - after.weights[-1]) / travelled
-    print(trace, top / trace, after.trace_covariance[-1] / trace, distance)
-    assert after.stats["gradients"] > 0
+    # Measured: all but 1.9e-6 of Sigma is in one direction, its trace is off by 1.9e-4,
+    # and the centre by 6.5e-4 of the way. Where a is at an angle to the eigenvectors of
+    # K, the two equations differ by (s_i - s_j)^2 / 4 in Sigma_ij.
+    assert trace - top < 1e-5 * trace
+    np.testing.assert_allclose(after.trace_covariance[-1], trace, rtol=1e-3)
+    assert distance < 2e-3
 
 
 @pytest.mark.usefixtures("x64")
@@ -140,13 +144,17 @@ def test_second_order_for_a_schedule_and_a_second_moment():
     rod = cf.predict(*problem, flow=cf.RodFlow(), rtol=1e-5, **options)
     stable = cf.predict(*problem, flow=cf.StableFlow(), rtol=1e-5, **options)
     distance = [cf.compare(run, x).weight_distance for x in (rod, stable)]
-    print(distance, rod.optimizer_state, run.optimizer_state)
-    assert distance[0] < 0.2 * distance[1]
+    # Measured: 4.2e-4 and 1.3e-2
+    assert distance[0] < 0.1 * distance[1]
     for count in ("updates", "age"):
         np.testing.assert_allclose(getattr(rod.optimizer_state, count), 40, rtol=1e-9)
     a, b = (x.optimizer_state.nu for x in (rod, run))
-    print(np.max(np.abs(a / b - 1)[: b.size - 2]))
-    np.testing.assert_allclose(rod.step_sizes, run.step_sizes, rtol=2e-2)
+    used = np.flatnonzero(b)
+    assert used.size == b.size - 2
+    # The third order of one step of nu, 0.1^3 / 3 of it, adds up over the memory of ten
+    # steps, in which the gradients change, too: 2.6e-3 measured.
+    np.testing.assert_allclose(a[used], b[used], rtol=1e-2)
+    np.testing.assert_allclose(rod.step_sizes, run.step_sizes, rtol=1e-2)
 
 
 class _HeavyBall(cf.AbstractOptimizer):
@@ -227,3 +235,26 @@ def test_errors():
         state = cf.predict(*problem, flow=one).solver_state
         with pytest.raises(ValueError, match="`solver_state` is that of another flow"):
             cf.predict(*problem, flow=other, solver_state=state)
+
+
+@pytest.mark.slow
+def test_a_network_through_its_first_onset():
+    """Gradient descent on digits: its sharpness rises to 2.96 before an oscillation has
+    grown that can be seen. The flows that follow the oscillation stay with it until it
+    has; the central flow stops at 2."""
+    _, _, objective, model = reference("gd_mlp_digits")
+    problem = (objective, model, cf.GradientDescent(0.2), 300)
+    run = cf.train(*problem, sharpness_every=10)
+    assert np.max(run.sharpness[::10, 0]) > 2.9
+    flows = [cf.StableFlow(), cf.CentralFlow(), *FLOWS]
+    flown = [cf.predict(*problem, flow=flow) for flow in flows]
+    stable, central, rod, edge = reports = [cf.compare(run, x) for x in flown]
+    print([(r.loss_error, r.weight_distance) for r in reports])
+    for report in (central, rod, edge):
+        assert report.weight_distance < 0.5 * stable.weight_distance
+    # From the edge, at step 38, to where the run's loss is highest, at step 75
+    error = lambda x: np.mean(np.abs(x.mean_loss / run.loss - 1)[38:62])
+    stable, central, rod, edge = errors = [error(x) for x in flown]
+    print(errors)
+    assert rod < 0.1 * central
+    assert edge < 0.5 * central
