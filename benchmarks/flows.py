@@ -4,12 +4,12 @@
     python -m benchmarks.flows --case "MLP, GD" "CNN, GD" --flow rod edge
 
 The table of docs/which_model.md. For each case below the optimizer is run, and each
-flow predicts the run with its defaults. Errors are those of the predicted mean loss next
-to the time-average of the run: over all of it; in the onset window; and after that. The
-onset window is 40 steps around the first time that the run's oscillation is at half of
-its largest size. Before it, the optimizer is above the edge and does not oscillate yet.
-The sharpness of a flow is measured at its own weights, that of the run at its midpoints.
-A row takes from half a minute to four minutes on one core, mostly compilation.
+flow predicts the run with its defaults. Errors are those of the predicted mean loss
+next to the time-average of the run: over all of it; in the onset window; and after
+that. The onset window is 40 steps around the first time that the run's oscillation is
+at half of its largest size. Before it, the optimizer may be above the edge and not
+oscillate yet. The sharpness of a flow is measured at its own weights, that of the run
+at its midpoints. A row takes up to four minutes on one core, mostly compilation.
 """
 
 import argparse
