@@ -94,6 +94,7 @@ class EdgeFlow(AbstractFlow):
         return term.vector_field.ends.observe(y)
 
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+        # As of rod flow.
         fields = 6 * solution.stats["num_steps"] + 1
         return Work(gradients=2 * fields + 2 + 3 * (reports + 1))
 

@@ -125,7 +125,8 @@ class RodFlow(AbstractFlow):
 
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
         # Tsit5 has seven stages, the first of which is the last of the step before. To
-        # start takes two gradients, and a report three; one more is of the start.
+        # start takes two gradients, and a report three; one more is of the start. (If
+        # the very first step is rejected, its first stage is evaluated once more.)
         fields = 6 * solution.stats["num_steps"] + 1
         return Work(gradients=4 * fields + 2 + 3 * (reports + 1), hvps=2 * fields)
 
