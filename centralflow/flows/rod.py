@@ -27,12 +27,13 @@ class RodFlow(AbstractFlow):
     for gradient descent, V = -eta g and DV = -eta H. For any optimizer of this package,
     momentum included. Integrated by Diffrax's `Tsit5` with an adaptive step size.
 
-    The centre decays at rates of up to 4 per optimizer step and a at up to 2, so steps
+    The centre decays at rates of up to 4 per optimizer step and a at up to 1, so steps
     are of the order of one, each of 24 gradients and 12 products with H: far dearer
     than the optimizer itself. It needs no third derivatives.
 
     Sigma, of the size of the weights squared, is kept as one vector a: all directions
-    that oscillate do so in step. It starts from what alternates in the first two steps
+    that oscillate do so in step. Only what alternates is kept, not the drift F F' / 4
+    from one iterate to the next. It starts from what alternates in the first two steps
     of the optimizer, and does not fall below rounding errors, as in edge flow.
 
     ??? cite "Reference"
