@@ -8,6 +8,8 @@ from .compare import compare as compare
 from .compare import time_average as time_average
 from .flows import AbstractFlow as AbstractFlow
 from .flows import CentralFlow as CentralFlow
+from .flows import EdgeFlow as EdgeFlow
+from .flows import RodFlow as RodFlow
 from .flows import StableFlow as StableFlow
 from .measure import Sharpness as Sharpness
 from .measure import midpoints as midpoints

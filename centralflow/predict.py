@@ -52,7 +52,8 @@ def predict(
     - `objective`, `model`, `optimizer`, `steps`, `optimizer_state`: as of
         [`centralflow.train`][].
     - `flow`: what to integrate: [`centralflow.CentralFlow`][], the default, or
-        [`centralflow.StableFlow`][].
+        [`centralflow.StableFlow`][], [`centralflow.RodFlow`][],
+        [`centralflow.EdgeFlow`][].
     - `solver_state`: that of an earlier prediction with the same objective, optimizer
         and flow, to go on from where it ended instead of from `model` and
         `optimizer_state`. Times and `steps` are counted from there.
@@ -212,10 +213,8 @@ class _Part(eqx.Module):
 
 @eqx.filter_jit
 def _first(problem: _Problem, weights: Array, optimizer_state: PyTree) -> FlowState:
-    # The state of a flow at time t has taken in the gradient at time t.
-    gradient = problem.objective.grad(weights)
-    state = problem.optimizer.update_state(optimizer_state, gradient)
-    return FlowState(weights, state, {})
+    objective, optimizer = problem.objective, problem.optimizer
+    return problem.flow.first(objective, optimizer, weights, optimizer_state)
 
 
 @eqx.filter_jit
@@ -238,9 +237,9 @@ def _integrate(
 ) -> _Part:
     flow, term = problem.flow, problem.term()
     controller, dt0 = flow.stepsize(problem.rtol)
-    # What the discrete optimizer has before it takes in its gradient at t1, the flow
-    # has at t1 - 1.
-    before = jnp.maximum(t1 - 1, t0)[None]
+    # What the discrete optimizer has before it takes in its gradient at t1, a flow that
+    # takes it in has at t1 - 1.
+    before = jnp.maximum(t1 - flow.delay, t0)[None]
     observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
     snapshot = lambda t, y, args: dict(t=t, weights=y.weights)
     solution = diffrax.diffeqsolve(

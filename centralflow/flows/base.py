@@ -14,12 +14,13 @@ from ..optimizers import AbstractOptimizer
 
 
 class FlowState(eqx.Module):
-    """The state y of a flow: weights `[n]`, optimizer state, and the observables at y
-    if they are by-products of a step."""
+    """The state y of a flow: weights `[n]`, optimizer state, the observables at y if
+    they are by-products of a step, and the oscillation if the flow integrates it."""
 
     weights: Float[Array, " n"]
     optimizer_state: PyTree[Array]
     observables: dict[str, Any]
+    oscillation: Any = None
 
 
 class FlowSolverState(eqx.Module):
@@ -98,6 +99,24 @@ class AbstractFlow(eqx.Module):
         self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         """The step-size controller, and the first step in optimizer steps."""
+
+    def first(
+        self,
+        objective: FlatObjective,
+        optimizer: AbstractOptimizer,
+        weights: Float[Array, " n"],
+        optimizer_state: PyTree[Array],
+    ) -> FlowState:
+        """The state at the start, from the weights there and the optimizer state
+        *before* their gradient enters it. By default it has entered."""
+        gradient = objective.grad(weights)
+        return FlowState(weights, optimizer.update_state(optimizer_state, gradient), {})
+
+    @property
+    def delay(self) -> int:
+        """How many steps after the flow the optimizer has the same state, before it
+        takes in its gradient: one if the flow has taken it in."""
+        return 1
 
     @abc.abstractmethod
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:

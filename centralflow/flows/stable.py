@@ -49,6 +49,8 @@ class StableFlow(AbstractFlow):
         return controller, 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+        if y.oscillation is not None:
+            raise ValueError("`solver_state` is that of another flow.")
         return y, None
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
