@@ -1,5 +1,6 @@
 """The full-batch loss and its derivatives on flattened parameters."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
+
+from .checks import require_integer
 
 
 class Objective(eqx.Module):
@@ -26,8 +29,9 @@ class Objective(eqx.Module):
 
     **Raises:**
 
-    `ValueError` if the leaves of `data` have different or zero lengths, or if
-    `microbatch_size` is not positive.
+    `ValueError` if the leaves of `data` are not arrays of numbers or have different or
+    zero lengths, if `loss_fn` takes other arguments, or if `microbatch_size` is not
+    positive.
     """
 
     loss_fn: Callable[..., Any]
@@ -44,11 +48,15 @@ class Objective(eqx.Module):
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` must be callable, got {loss_fn!r}.")
         for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+            name = "data" + jax.tree_util.keystr(path)
             if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-                name = "data" + jax.tree_util.keystr(path)
                 raise ValueError(
                     f"`{name}` must be an array with a leading example axis, got "
                     f"{type(leaf).__name__}: wrap it in `jnp.asarray`."
+                )
+            if leaf.dtype.kind in "OSUMm":
+                raise ValueError(
+                    f"`{name}` must hold numbers, got an array of type {leaf.dtype}."
                 )
         data = jax.tree.map(jnp.asarray, data)
         lengths = {
@@ -61,15 +69,9 @@ class Objective(eqx.Module):
                 "`data` must hold arrays with one common, non-empty leading example "
                 f"axis, got lengths {shown}."
             )
-        if microbatch_size is not None and (
-            isinstance(microbatch_size, bool)
-            or not isinstance(microbatch_size, int | np.integer)
-            or microbatch_size < 1
-        ):
-            raise ValueError(
-                f"`microbatch_size` must be a positive integer or None, got "
-                f"{microbatch_size!r}."
-            )
+        _check_signature(loss_fn, has_data=bool(lengths))
+        if microbatch_size is not None:
+            require_integer("microbatch_size", microbatch_size)
         self.loss_fn = loss_fn
         self.data = data
         self.microbatch_size = None if microbatch_size is None else int(microbatch_size)
@@ -127,7 +129,14 @@ class FlatObjective(eqx.Module):
 
     def model(self, w: Float[Array, " n"]) -> PyTree:
         """The model that has the parameters `w`."""
-        return eqx.combine(self.unravel(w), self.static)
+        try:
+            parameters = self.unravel(w)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "`w` must be the flat weights of this model, got an array of shape "
+                f"{jnp.shape(w)}: {error}"
+            ) from error
+        return eqx.combine(parameters, self.static)
 
     def _mean(self, fn: Callable[[Callable], PyTree]) -> PyTree:
         """The mean over examples of `fn(loss)`, where `loss(w)` is the loss of one
@@ -258,6 +267,23 @@ class FlatObjective(eqx.Module):
         observable = lambda x: fn(self.model(x))
         slope = lambda x: jax.jvp(observable, (x,), (v,))[1]
         return jax.jvp(slope, (w,), (u,))[1]
+
+
+def _check_signature(loss_fn: Callable, has_data: bool) -> None:
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError:  # that of a builtin is not known
+        return
+    arguments = ("model", "batch") if has_data else ("model",)
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        there = "is `data`" if has_data else "are no `data`"
+        raise ValueError(
+            f"`loss_fn` must be callable as `loss_fn({', '.join(arguments)})`, as "
+            f"there {there}; {getattr(loss_fn, '__name__', loss_fn)}{signature} is "
+            f"not: {error}."
+        ) from error
 
 
 def _is_parameter(leaf: Any) -> bool:

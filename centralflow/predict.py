@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import require_positive
 from .flows import AbstractFlow, CentralFlow, FlowState
 from .flows.base import FlowSolverState, Work
 from .objective import FlatObjective, Objective, is_traced
@@ -85,8 +86,8 @@ def predict(
         raise ValueError(
             f"`flow` must be a flow such as `CentralFlow()`, got {flow!r}."
         )
-    if rtol is not None and not 0 < rtol < 1:
-        raise ValueError(f"`rtol` must be between 0 and 1, got {rtol!r}.")
+    if rtol is not None:
+        require_positive("rtol", rtol, 1)
     flat, weights, optimizer_state = check_start(
         objective, model, optimizer, steps, optimizer_state
     )
@@ -107,6 +108,7 @@ def predict(
     previous, parts, reached = solver_state, [], -1.0
     if previous is not None:
         _check_solver_state(previous, weights, optimizer_state)
+        _check_observables(previous, flat, weights, metrics, coordinates)
         flow = flow.large_enough(previous.solver)
     while True:
         problem = _Problem(flow, flat, optimizer, metrics, coordinates, rtol)
@@ -356,6 +358,29 @@ def _check_solver_state(
         raise ValueError(
             "`solver_state` does not belong to this model and optimizer: it has "
             f"weights and optimizer state of shapes {found}, not {wanted}."
+        )
+
+
+def _check_observables(
+    solver_state: FlowSolverState,
+    flat: FlatObjective,
+    weights: Array,
+    metrics: dict[str, Callable],
+    coordinates: Array,
+) -> None:
+    if not solver_state.y.observables:
+        return
+    shapes = lambda tree: {k: x.shape for k, x in tree.items()}
+    known = solver_state.y.observables["smooth"]
+    found = shapes(known["metrics"]), known["gradient_sq"].shape
+    wanted = (
+        shapes(eqx.filter_eval_shape(flat.evaluate, metrics, weights)),
+        coordinates.shape,
+    )
+    if found != wanted:
+        raise ValueError(
+            "`solver_state` must be that of a prediction with the same `metrics` and "
+            f"as many `coordinates`: it has {found}, not {wanted}."
         )
 
 

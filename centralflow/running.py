@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import require_integer
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
@@ -36,15 +37,14 @@ def check_start(
             "`optimizer` must be a `centralflow.AbstractOptimizer` such as "
             f"`GradientDescent(0.1)`, got {type(optimizer).__name__}."
         )
-    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
-    if not whole or steps < 1:
-        raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+    require_integer("steps", steps)
     weights, flat = objective.flatten(model)
-    loss = eqx.filter_eval_shape(flat.loss, weights)
+    at_once = Objective(objective.loss_fn, objective.data)
+    loss = eqx.filter_eval_shape(at_once.flatten(model)[1].loss, weights)
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
         raise ValueError(
-            "`loss_fn` must return a scalar, the mean over the examples of the batch; "
-            f"it returned {jax.tree.map(lambda x: x.shape, loss)}."
+            "`loss_fn` must return a scalar array, the mean over the examples of the "
+            f"batch; it returned {_arrays(loss)}."
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"`loss_fn` must return a real number, got {loss.dtype}.")
@@ -65,7 +65,18 @@ def check_start(
         )
     traced = is_traced((objective, weights, optimizer, optimizer_state))
     first = 0 if traced else optimizer.updates(optimizer_state)
+    if not first >= 0:
+        raise ValueError(
+            f"`optimizer_state` is that of {float(first):g} updates; there must be "
+            "none or more."
+        )
     check_schedule(optimizer.learning_rate, first, int(steps))
+    P = eqx.filter_eval_shape(optimizer.preconditioner, like)
+    if getattr(P, "shape", None) not in ((), weights.shape):
+        raise ValueError(
+            "`optimizer` must have a `preconditioner` that is a scalar array or one of "
+            f"the weights' shape {weights.shape}; it returned {_arrays(P)}."
+        )
     if not traced:
         _check_values(*_probe(flat, weights, optimizer, optimizer_state))
     return flat, weights, optimizer_state
@@ -165,14 +176,17 @@ def check_metrics(
             )
         try:
             value = eqx.filter_eval_shape(objective.evaluate, {name: fn}, weights)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # any that a user's function can raise
             raise ValueError(
                 f"`metrics`: {name!r} must be a function of the model that returns one "
-                f"number or array; calling it failed with: {error}"
+                f"number or array; calling it failed with: {type(error).__name__}: "
+                f"{error}"
             ) from error
-        if not jnp.issubdtype(value[name].dtype, jnp.number):
+        kinds = jnp.floating, jnp.integer
+        if not any(jnp.issubdtype(value[name].dtype, kind) for kind in kinds):
             raise ValueError(
-                f"`metrics`: {name!r} must return numbers, got {value[name].dtype}."
+                f"`metrics`: {name!r} must return real numbers, got "
+                f"{value[name].dtype}."
             )
     return metrics
 

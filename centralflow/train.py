@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
+from .checks import require_integer
 from .measure import GUARDS, eigenpairs, second_difference
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
@@ -78,13 +79,9 @@ def train(
     )
     metrics = check_metrics(metrics, flat, weights)
     coordinates = jnp.asarray(check_coordinates(coordinates, weights.size))
-    for name, value in (("every", sharpness_every), ("count", sharpness_count)):
-        if value is None and name == "every":
-            continue
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(
-                f"`sharpness_{name}` must be a positive integer, got {value!r}."
-            )
+    require_integer("sharpness_count", sharpness_count)
+    if sharpness_every is not None:
+        require_integer("sharpness_every", sharpness_every)
     kept = (
         [] if weight_times is None else check_times("weight_times", weight_times, steps)
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import as_path
 from .results import RESULTS, name_of
 
 _FORMAT = "centralflow trajectory 1"
@@ -106,16 +106,17 @@ class Trajectory(eqx.Module):
 
         **Raises:**
 
-        `FileNotFoundError` if the folder does not exist; `ValueError` for a batch.
+        `FileNotFoundError` if the folder does not exist, `IsADirectoryError` if `path`
+        is one; `ValueError` for a batch.
         """
-        path = Path(path)
+        path = as_path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}.")
-        if self.times.ndim != 1:
-            raise ValueError(
-                "A batch of trajectories, as made by `jax.vmap`, cannot be saved: take "
-                "one of them with `jax.tree.map(lambda x: x[i], trajectories)`."
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"`path`: {str(path)!r} is a folder; give the path of a file in it."
             )
+        check_single("trajectory", self)
         arrays = {
             name: np.asarray(getattr(self, name))
             for name in (*_SERIES, *_ADDITIONAL)
@@ -162,43 +163,31 @@ class Trajectory(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if the file is not a trajectory or does not fit `model` or
-        `optimizer_state`.
+        `FileNotFoundError` if there is no such file; `ValueError` if it is not a
+        trajectory or does not fit `model` or `optimizer_state`.
         """
+        path = as_path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"`path`: there is no file {str(path)!r}.")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 arrays = dict(file)
             header = json.loads(str(arrays.pop("header")))
-            known = header["format"] == _FORMAT
-        except FileNotFoundError:
-            raise
-        except Exception as error:
+            fields = _read(header, arrays) if header["format"] == _FORMAT else None
+        except Exception as error:  # a damaged file can raise almost any
             raise ValueError(
-                f"`path`: {os.fspath(path)!r} is not a trajectory that this version "
-                "of centralflow can read."
+                f"`path`: {str(path)!r} is not a trajectory that this version of "
+                "centralflow can read."
             ) from error
-        if not known:
+        if fields is None:
             raise ValueError(
-                f"`path`: {os.fspath(path)!r} has the format {header['format']!r}; "
-                f"this version of centralflow reads {_FORMAT!r}."
+                f"`path`: {str(path)!r} has the format {header['format']!r}; this "
+                f"version of centralflow reads {_FORMAT!r}."
             )
-        series = {
-            name: jnp.asarray(arrays.pop(name))
-            for name in (*_SERIES, *_ADDITIONAL)
-            if name in _SERIES or name in arrays
-        }
-        metrics = {
-            name: jnp.asarray(arrays.pop(f"metrics{i}"))
-            for i, name in enumerate(header["metrics"])
-        }
         return Trajectory(
-            **series,
-            metrics=metrics,
+            **fields,
             model=_fill("model", model, arrays),
             optimizer_state=_fill("optimizer_state", optimizer_state, arrays),
-            critical_sharpness=header["critical_sharpness"],
-            result=getattr(RESULTS, header["result"]),
-            stats=header["stats"],
         )
 
     def __str__(self) -> str:
@@ -231,6 +220,52 @@ def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
             trajectory,
         )
     return trajectory
+
+
+def check_single(name: str, trajectory: Any) -> None:
+    """Raise `ValueError` unless `trajectory` is one trajectory, no batch of them."""
+    if not isinstance(trajectory, Trajectory):
+        raise ValueError(f"`{name}` must be a Trajectory, got {trajectory!r}.")
+    if trajectory.times.ndim != 1:
+        raise ValueError(
+            f"`{name}` must be one trajectory, not a batch of trajectories as made by "
+            "`jax.vmap`: take one with `jax.tree.map(lambda x: x[i], trajectories)`."
+        )
+
+
+def check_comparable(run: Any, **others: Any) -> None:
+    """Raise `ValueError` unless all are trajectories of models of one size."""
+    check_single("run", run)
+    for name, other in others.items():
+        check_single(name, other)
+        sizes = [x.weights.shape[1] for x in (run, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`run` has {sizes[0]} parameters and `{name}` {sizes[1]}: they belong "
+                "to different models."
+            )
+
+
+def _read(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a trajectory but for its PyTrees, removed from `arrays`."""
+    fields = {
+        name: jnp.asarray(arrays.pop(name))
+        for name in (*_SERIES, *_ADDITIONAL)
+        if name in _SERIES or name in arrays
+    }
+    metrics = {
+        name: jnp.asarray(arrays.pop(f"metrics{i}"))
+        for i, name in enumerate(header["metrics"])
+    }
+    lengths = {len(fields[x]) for x in fields if x in _SERIES[:7] + _ADDITIONAL[1:]}
+    if len(lengths | {len(x) for x in metrics.values()}) > 1:
+        raise ValueError("its series differ in length")
+    return fields | dict(
+        metrics=metrics,
+        critical_sharpness=header["critical_sharpness"],
+        result=getattr(RESULTS, header["result"]),
+        stats=header["stats"],
+    )
 
 
 def _fill(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:

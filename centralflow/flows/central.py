@@ -9,9 +9,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..checks import require_integer, require_positive
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..solvers import ForesightController, Moreau, ProjectedRKC
@@ -87,12 +87,9 @@ class CentralFlow(AbstractFlow):
             ("renew_every", 1 if renew_every is None else renew_every),
             ("block_size", block_size),
         ):
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if eigen_tolerance is not None and not 0 < eigen_tolerance < 1:
-            raise ValueError(
-                f"`eigen_tolerance` must be between 0 and 1, got {eigen_tolerance!r}."
-            )
+            require_integer(name, value)
+        if eigen_tolerance is not None:
+            require_positive("eigen_tolerance", eigen_tolerance, 1)
         if renew_every is None:
             renew_every = 1 if substeps is None else min(substeps, 4)
         if eigen_tolerance is None and substeps is not None:

@@ -53,6 +53,11 @@ class StableFlow(AbstractFlow):
             raise ValueError("`solver_state` is that of another flow.")
         return y, None
 
+    def large_enough(self, solver_state: Any) -> "StableFlow":
+        if solver_state is not None:
+            raise ValueError("`solver_state` is that of another flow.")
+        return self
+
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         field = term.vector_field
         loss, gradient = field.objective.value_and_grad(y.weights)

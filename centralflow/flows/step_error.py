@@ -38,7 +38,8 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     distance = term.distance(step.y0, step.y1)
     loss = jnp.maximum(jnp.abs(e0.slope.loss), jnp.abs(e.slope.loss)) + tiny
     # Where the flow comes to rest, a distance d matters for its kappa d^2 / 2 of loss.
-    rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa)
+    # (That of a loss of exactly zero would be flushed to zero, and the errors be 0/0.)
+    rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa) + tiny
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
 

@@ -229,9 +229,19 @@ def check_schedule(
     if not callable(learning_rate):
         return
     times = first + jnp.arange(steps + 1, dtype=jnp.result_type(float))
-    rates = jax.jit(lambda t: jax.lax.map(lambda t: _as_scalar(learning_rate(t)), t))(
-        times
-    )
+
+    def rate(time):
+        try:
+            value = learning_rate(time)
+        except Exception as error:  # any that a user's function can raise
+            raise ValueError(
+                "`learning_rate`: calling the schedule failed with: "
+                f"{type(error).__name__}: {error}\nIt must be a function of the step "
+                "that JAX can trace: `jnp.where` takes the place of `if`."
+            ) from error
+        return checked_number("learning_rate", value, "a schedule that returns numbers")
+
+    rates = jax.jit(lambda times: jax.lax.map(rate, times))(times)
     if is_traced(rates):
         return
     bad = np.flatnonzero(~((np.asarray(rates) >= 0) & np.isfinite(np.asarray(rates))))
@@ -240,13 +250,3 @@ def check_schedule(
             "`learning_rate` must be finite and not negative; the schedule returned "
             f"{float(rates[bad[0]])} at step {float(times[bad[0]]):g}."
         )
-
-
-def _as_scalar(rate: Any) -> Float[Array, ""]:
-    rate = jnp.asarray(rate, jnp.result_type(float))
-    if rate.shape != ():
-        raise ValueError(
-            "`learning_rate` must be a schedule that returns scalars; it returned an "
-            f"array of shape {rate.shape}."
-        )
-    return rate
