@@ -142,6 +142,11 @@ def or_divergence(
     return Failure(result, failure.time, value)
 
 
+def or_nothing(failure: Failure) -> Failure:
+    """The failure, without time and value if there was none."""
+    return choose(failure.failed, failure, no_failure())
+
+
 def series_failure(series: dict[str, PyTree[Array]]) -> Failure:
     """Of reported times, the first at which a loss or a squared gradient norm is not
     finite."""

@@ -19,6 +19,7 @@ from .failures import (
     leading_finite,
     look_ahead,
     or_divergence,
+    or_nothing,
     series_failure,
     when,
 )
@@ -168,7 +169,7 @@ def predict(
     series, snapshots = _join(parts, traced)
     series = jax.tree.map(lambda x: x[: times.size], series)
     series_times = series.pop("t")
-    if not traced:
+    if not traced and not failure.failed:
         warn_if_unconverged(work.unconverged)
     unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
     trajectory = Trajectory(
@@ -353,7 +354,7 @@ def _failure(
         return or_divergence(found, *losses)
 
     failure = jax.lax.cond(failure.failed, explained, lambda: failure)
-    return first_of(failure, series_failure(series))
+    return or_nothing(first_of(failure, series_failure(series)))
 
 
 def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, Any]]:

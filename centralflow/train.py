@@ -18,6 +18,7 @@ from .failures import (
     first_of,
     no_failure,
     or_divergence,
+    or_nothing,
     slope_failure,
     when,
 )
@@ -135,10 +136,11 @@ def train(
         (state.previous, state.previous_state),
         (state.weights, state.optimizer_state),
     )
-    if not traced:
+    if not traced and not state.failure.failed:
         warn_if_unconverged(state.unconverged)
     losses = state.series["loss"]
     failure = or_divergence(state.failure, losses[0], losses[state.step - 1])
+    failure = or_nothing(failure)
     trajectory = Trajectory(
         times=jnp.arange(end, dtype=dtype),
         loss=series["loss"],
