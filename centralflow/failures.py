@@ -113,16 +113,16 @@ def look_ahead(
     unclear = failure.result == RESULTS.diverged
     unclear = unclear | (failure.result == RESULTS.dt_min_reached)
 
-    def look(distance: Array) -> Failure:
+    def look(distance: Array) -> tuple[Failure, Array]:
         there = weights + distance * rate
         found = slope_failure(there, *slope(there))
         moves = jnp.isfinite(largest(there))
-        return choose(moves, found, no_failure())
+        found = choose(moves, found, no_failure())
+        return found, found.failed
 
     def search() -> Failure:
-        found = jax.lax.map(look, jnp.asarray(_AHEAD, weights.dtype))
-        index = jnp.argmax(found.failed)
-        found = jax.tree.map(lambda x: x[index], found)
+        all_found, failed = jax.lax.map(look, jnp.asarray(_AHEAD, weights.dtype))
+        found = jax.tree.map(lambda x: x[jnp.argmax(failed)], all_found)
         return choose(found.failed, found.at(failure.time), failure)
 
     return jax.lax.cond(unclear, search, lambda: failure)
