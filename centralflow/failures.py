@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .results import RESULTS, name_of
 
@@ -167,13 +167,13 @@ def series_failure(series: dict[str, PyTree[Array]]) -> Failure:
 LOSSES = ("loss", "mean_loss", "grad_norm_sq", "mean_grad_norm_sq")
 
 
-def leading_finite(*series: Any) -> Int[np.ndarray, ""]:
+def leading_finite(*series: Any) -> int:
     """How many rows there are before the first one that is not finite."""
     good = True
     for x in series:
         x = np.asarray(x)
         good = good & np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
-    return np.sum(np.cumprod(good), dtype=int)
+    return int(np.sum(np.cumprod(good)))
 
 
 # What is said.

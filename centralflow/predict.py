@@ -380,7 +380,7 @@ def _whole(count: Float[Array, ""]) -> Int[Array, ""]:
 
 
 def _leading(tree: dict[str, Any], finite: list[Array]) -> dict[str, Any]:
-    rows = int(leading_finite(*finite))
+    rows = leading_finite(*finite)
     return jax.tree.map(lambda x: x[:rows], tree)
 
 
