@@ -1,15 +1,16 @@
-"""What a numerical failure is, how its cause is told, and what is said of it."""
+"""What a numerical failure is, and how its cause is told."""
 
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .results import RESULTS, name_of
+from .results import RESULTS
 
 # A loss that is lost after it has grown so many times was lost to divergence.
 _GROWN = 1e3
@@ -65,12 +66,12 @@ def largest(tree: PyTree) -> Float[Array, ""]:
 
 
 def slope_failure(
-    state: PyTree[Array], loss: Float[Array, ""], gradient: Float[Array, " n"]
+    weights: Float[Array, " n"], loss: Float[Array, ""], gradient: Float[Array, " n"]
 ) -> Failure:
-    """What is not finite of the weights and the optimizer `state`, and of the loss and
-    its gradient there. An infinite loss is too large for its dtype: divergence."""
+    """What is not finite of the weights, and of the loss and its gradient there. An
+    infinite loss is too large for its dtype: divergence."""
     lost = lambda x: ~jnp.isfinite(x)
-    size, slope = largest(state), largest(gradient)
+    size, slope = largest(weights), largest(gradient)
     return first_of(
         when(jnp.isinf(loss), RESULTS.diverged, loss),
         when(lost(size), RESULTS.diverged, size),
@@ -163,6 +164,39 @@ def series_failure(series: dict[str, PyTree[Array]]) -> Failure:
     return when(jnp.any(bad), code, value).at(series["t"][time])
 
 
+def explain(
+    seen: Failure,
+    objective: Any,
+    term: diffrax.AbstractTerm,
+    start: Any,
+    t1: Array,
+    solution: diffrax.Solution,
+    max_steps: int | None,
+) -> Failure:
+    """Whether the integration of a flow from `start` to t1 failed, when, and why, given
+    what its solver has `seen`."""
+    series, (time, y) = solution.ys["series"], solution.ys["end"]
+    time, y = jax.tree.map(lambda x: x[0], (time, y))
+    # A block that fills up in the very last step does no harm.
+    event = seen.result == RESULTS.event_occurred
+    size = series["sharpness"].shape[1] if "sharpness" in series else jnp.nan
+    full = when(event & (time < t1), RESULTS.block_full, size)
+    failure = choose(event, full, seen)
+    steps = jnp.nan if max_steps is None else max_steps
+    out = failure.result == RESULTS.max_steps_reached
+    failure = choose(out, when(out, RESULTS.max_steps_reached, steps), failure)
+    failure = choose(jnp.isnan(failure.time), failure.at(time), failure)
+
+    def explained() -> Failure:
+        rate = term.vf(time, y, None).weights
+        found = look_ahead(objective.value_and_grad, y.weights, rate, failure)
+        losses = (objective.loss(x.weights) for x in (start, y))
+        return or_divergence(found, *losses)
+
+    failure = jax.lax.cond(failure.failed, explained, lambda: failure)
+    return or_nothing(first_of(failure, series_failure(series)))
+
+
 # The series without which a row of a trajectory is no row.
 LOSSES = ("loss", "mean_loss", "grad_norm_sq", "mean_grad_norm_sq")
 
@@ -174,100 +208,6 @@ def leading_finite(*series: Any) -> int:
         x = np.asarray(x)
         good = good & np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
     return int(np.sum(np.cumprod(good)))
-
-
-# What is said.
-
-_SEEN = {
-    "diverged": "The run diverged: a loss or a weight of {value} at t = {time}",
-    "nonfinite_loss": "The loss is {value} at t = {time}",
-    "nonfinite_gradient": (
-        "The gradient is {value} at t = {time}, where the loss is finite"
-    ),
-    "nonfinite_hessian": (
-        "A product of the Hessian and a vector is {value} at t = {time}, where the "
-        "loss and its gradient are finite"
-    ),
-    "nonfinite_third_derivative": (
-        "A third derivative of the loss is {value} at t = {time}, where the first and "
-        "second are finite"
-    ),
-    "eigensolver_failed": (
-        "The eigensolver failed at t = {time}: a residual is {value} of the largest "
-        "eigenvalue, or of the critical one"
-    ),
-    "sdcp_failed": (
-        "No oscillation was found that holds the sharpness at its critical value, at "
-        "t = {time}: {value} of the violation is left"
-    ),
-    "block_full": (
-        "At t = {time} more eigenvalues became critical than the block of {value} "
-        "eigenvectors can hold"
-    ),
-    "dt_min_reached": "Not even the shortest step was right, at t = {time}",
-    "max_steps_reached": (
-        "All steps of `max_steps` were made at t = {time}: {accepted_steps} accepted "
-        "and {rejected_steps} rejected"
-    ),
-}
-_DO = {
-    "diverged": "Lower the learning rate, or start from a better place.",
-    "nonfinite_loss": "Look in `loss_fn` for logarithms, roots, divisions and `exp`.",
-    "nonfinite_gradient": (
-        "Look in `loss_fn` for functions without a derivative, such as `sqrt` at 0, "
-        "behind a `jnp.where` too."
-    ),
-    "nonfinite_hessian": (
-        "Look in `loss_fn` for functions without a second derivative, such as norms "
-        "at 0, behind a `jnp.where` too."
-    ),
-    "nonfinite_third_derivative": (
-        "Look in `loss_fn` for functions without a third derivative; smooth them."
-    ),
-    "eigensolver_failed": (
-        "Check that the derivatives of `loss_fn` are those of a function, if it has a "
-        "`custom_jvp` or `custom_vjp`; or try float64."
-    ),
-    "sdcp_failed": (
-        "The optimizer diverges where the sharpness does not fall when it oscillates: "
-        "lower the learning rate, or make some real steps first."
-    ),
-    "block_full": "Increase `block_size`.",
-    "dt_min_reached": (
-        "Is the loss smooth? Make some real steps first, or use "
-        "`CentralFlow(substeps=4)`, which does not judge its steps."
-    ),
-    "max_steps_reached": "Increase `max_steps`, or `rtol`.",
-}
-
-
-def describe(trajectory: Any) -> str:
-    """What became of a run that failed: the time, and the numbers."""
-    name = name_of(trajectory.result)
-    if name not in _SEEN or trajectory.failure_time is None:
-        return RESULTS[trajectory.result]
-    last, loss = (float(x[-1]) for x in (trajectory.times, trajectory.loss))
-    seen = _SEEN[name].format(
-        time=f"{float(trajectory.failure_time):.7g}",
-        value=f"{float(trajectory.failure_value):.4g}",
-        **trajectory.stats,
-    )
-    if name == "dt_min_reached" and not np.isnan(trajectory.failure_value):
-        seen += f": its relative error is {float(trajectory.failure_value):.4g}"
-    return f"{seen} (last finite loss {loss:.4g} at t = {last:.7g})"
-
-
-def message(trajectory: Any, optimizer: Any) -> str:
-    """The same, with the learning rate there and what to do."""
-    name = name_of(trajectory.result)
-    rate = optimizer.learning_rate
-    if callable(rate):
-        rate = rate(optimizer.updates(trajectory.optimizer_state))
-    return (
-        f"{describe(trajectory)}; learning rate {float(rate):.4g}. "
-        f"{_DO.get(name, '')} Everything up to there is in the `trajectory` attribute "
-        "of this exception; `throw=False` returns it."
-    )
 
 
 def _real(x: Any) -> Array:

@@ -11,18 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .failures import (
-    LOSSES,
-    Failure,
-    choose,
-    first_of,
-    leading_finite,
-    look_ahead,
-    or_divergence,
-    or_nothing,
-    series_failure,
-    when,
-)
+from .failures import LOSSES, Failure, explain, leading_finite
 from .flows import AbstractFlow, CentralFlow, FlowState
 from .flows.base import FlowSolverState, Work
 from .objective import FlatObjective, Objective, is_traced
@@ -110,6 +99,7 @@ def predict(
         raise ValueError(
             f"`max_steps` must be a positive integer or None, got {max_steps!r}."
         )
+    max_steps = None if max_steps is None else int(max_steps)
     flat, weights, optimizer_state = check_start(
         objective, model, optimizer, steps, optimizer_state
     )
@@ -303,7 +293,15 @@ def _integrate(
         progress_meter=meter,
     )
     time, y = jax.tree.map(lambda x: x[0], solution.ys["end"])
-    failure = _failure(problem, term, state.y, t1, solution, max_steps)
+    failure = explain(
+        flow.failure(solution),
+        problem.objective,
+        term,
+        state.y,
+        t1,
+        solution,
+        max_steps,
+    )
     optimizer_state = jax.tree.map(
         lambda before, end: jnp.where(failure.failed, end, before[0]),
         solution.ys["before"],
@@ -322,39 +320,6 @@ def _integrate(
         accepted=solution.stats["num_accepted_steps"],
         rejected=solution.stats["num_rejected_steps"],
     )
-
-
-def _failure(
-    problem: _Problem,
-    term: diffrax.AbstractTerm,
-    start: FlowState,
-    t1: Array,
-    solution: diffrax.Solution,
-    max_steps: int | None,
-) -> Failure:
-    """Whether an integration from `start` to t1 failed, when, and why."""
-    flow, objective = problem.flow, problem.objective
-    series, (time, y) = solution.ys["series"], solution.ys["end"]
-    time, y = jax.tree.map(lambda x: x[0], (time, y))
-    failure = flow.failure(solution)
-    # A block that fills up in the very last step does no harm.
-    event = failure.result == RESULTS.event_occurred
-    size = series["sharpness"].shape[1] if "sharpness" in series else jnp.nan
-    full = when(event & (time < t1), RESULTS.block_full, size)
-    failure = choose(event, full, failure)
-    steps = jnp.nan if max_steps is None else max_steps
-    out = failure.result == RESULTS.max_steps_reached
-    failure = choose(out, when(out, RESULTS.max_steps_reached, steps), failure)
-    failure = choose(jnp.isnan(failure.time), failure.at(time), failure)
-
-    def explained() -> Failure:
-        rate = term.vf(time, y, None).weights
-        found = look_ahead(objective.value_and_grad, y.weights, rate, failure)
-        losses = (objective.loss(x.weights) for x in (start, y))
-        return or_divergence(found, *losses)
-
-    failure = jax.lax.cond(failure.failed, explained, lambda: failure)
-    return or_nothing(first_of(failure, series_failure(series)))
 
 
 def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, Any]]:

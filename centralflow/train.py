@@ -272,7 +272,7 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
         metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(lambda x, row: x.at[t].set(row), state.series, record)
-    failure = slope_failure((w, state.optimizer_state), loss, gradient)
+    failure = slope_failure(w, loss, gradient)
     norm = record["grad_norm_sq"]
     failure = first_of(failure, when(~jnp.isfinite(norm), RESULTS.diverged, norm))
     broken = failure.failed

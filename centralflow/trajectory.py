@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .failures import describe, message
+from .messages import describe, message
 from .results import RESULTS, name_of
 
 _FORMAT = "centralflow trajectory 1"

@@ -181,9 +181,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         # A part of the oscillation's own that is not finite has no other cause.
         of_X = y.observables["oscillating"]["loss"] if y.observables else 0.0
         return first_of(
-            slope_failure(
-                (y.weights, y.optimizer_state), e.slope.loss, e.slope.gradient
-            ),
+            slope_failure(y.weights, e.slope.loss, e.slope.gradient),
             eigen_failure(
                 e.sharpness,
                 e.residuals,
