@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .checks import require_positive
+from .failures import LOSSES, Failure, explain, leading_finite
 from .flows import AbstractFlow, CentralFlow, FlowState
 from .flows.base import FlowSolverState, Work
 from .objective import FlatObjective, Objective, is_traced
@@ -44,6 +45,7 @@ def predict(
     weight_times: Iterable[Any] | None = None,
     rtol: float | None = None,
     progress: bool | None = None,
+    max_steps: int | None = None,
     throw: bool = True,
 ) -> Trajectory:
     """Predict a run of the optimizer without making its steps.
@@ -67,6 +69,9 @@ def predict(
     - `weight_times`: times at which to keep the weights, besides 0 and `steps`.
     - `rtol`: the relative tolerance of flows with an adaptive step size.
     - `progress`: show a progress bar; by default if the session is interactive.
+    - `max_steps`: the most steps of the flow, rejected ones too, after which the
+        prediction ends with `max_steps_reached`. By default as many as it takes: each
+        step has a least length, and there are but a few rejected ones to each.
     - `throw`: raise [`centralflow.NumericalFailure`][] if the integration fails.
         Otherwise the trajectory up to there is returned, and its `result` says so.
 
@@ -88,6 +93,8 @@ def predict(
         )
     if rtol is not None:
         require_positive("rtol", rtol, 1)
+    if max_steps is not None:
+        require_integer("max_steps", max_steps)
     flat, weights, optimizer_state = check_start(
         objective, model, optimizer, steps, optimizer_state
     )
@@ -131,21 +138,24 @@ def predict(
             as_times(np.union1d(times[times > reached], [steps])),
             as_times(kept[kept > reached]),
             meter,
+            max_steps,
         )
         parts.append(part)
         previous = part.state
-        if traced or part.result != RESULTS.block_full:
+        if traced or part.failure.result != RESULTS.block_full:
             break
         # More eigenvalues became critical than the block can hold: go on with a larger
         # one, whose shapes need a new program.
         reached, flow = float(part.time), flow.enlarge()
+        if max_steps is not None:
+            max_steps = max(max_steps - int(part.accepted + part.rejected), 1)
 
-    result = parts[-1].result
+    failure = parts[-1].failure
     work = sum((part.work for part in parts[1:]), parts[0].work)
     series, snapshots = _join(parts, traced)
     series = jax.tree.map(lambda x: x[: times.size], series)
     series_times = series.pop("t")
-    if not traced:
+    if not traced and not failure.failed:
         warn_if_unconverged(work.unconverged)
     unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
     trajectory = Trajectory(
@@ -162,11 +172,13 @@ def predict(
         model=flat.model(previous.y.weights),
         optimizer_state=parts[-1].optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
-        result=result,
+        result=failure.result,
         coordinates=coordinates,
         gradient_sq=series.get("gradient_sq"),
         step_sizes=series.get("step_sizes"),
         trace_covariance=series.get("trace_covariance"),
+        failure_time=failure.time,
+        failure_value=failure.value,
         solver_state=previous,
         stats=dict(
             gradients=_whole(work.gradients) + 1,  # for the optimizer's initial state
@@ -180,7 +192,7 @@ def predict(
             compile_seconds=clock.compile_seconds,
         ),
     )
-    return trajectory if traced else finish(trajectory, throw)
+    return trajectory if traced else finish(trajectory, optimizer, throw)
 
 
 class _Problem(eqx.Module):
@@ -207,7 +219,7 @@ class _Part(eqx.Module):
     state: FlowSolverState
     optimizer_state: PyTree[Array]  # before the gradient at the end
     time: Float[Array, ""]
-    result: RESULTS
+    failure: Failure
     work: Work
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
@@ -236,6 +248,7 @@ def _integrate(
     times: Float[Array, " T"],
     kept: Float[Array, " S"],
     meter: diffrax.AbstractProgressMeter,
+    max_steps: int | None,
 ) -> _Part:
     flow, term = problem.flow, problem.term()
     controller, dt0 = flow.stepsize(problem.rtol)
@@ -269,29 +282,25 @@ def _integrate(
         stepsize_controller=controller,
         event=flow.event(),
         adjoint=diffrax.ForwardMode(),
-        max_steps=None,
+        max_steps=max_steps,
         throw=False,
         progress_meter=meter,
     )
     time, y = jax.tree.map(lambda x: x[0], solution.ys["end"])
+    failure = explain(
+        flow.failure(solution),
+        problem.objective,
+        term,
+        state.y,
+        t1,
+        solution,
+        max_steps,
+    )
     optimizer_state = jax.tree.map(
-        lambda before, end: jnp.where(time >= t1, before[0], end),
+        lambda before, end: jnp.where(failure.failed, end, before[0]),
         solution.ys["before"],
         y.optimizer_state,
     )
-    result = RESULTS.promote(solution.result)
-    for code, meaning in (
-        (RESULTS.event_occurred, RESULTS.block_full),
-        (RESULTS.nonfinite, RESULTS.diverged),
-    ):
-        result = RESULTS.where(result == code, meaning, result)
-    # A block that fills up in the very last step does no harm.
-    full = (result == RESULTS.block_full) & (time >= t1)
-    result = RESULTS.where(full, RESULTS.successful, result)
-    bad = (result == RESULTS.successful) & ~jnp.all(
-        jnp.isfinite(solution.ys["series"]["loss"])
-    )
-    result = RESULTS.where(bad, RESULTS.diverged, result)
     return _Part(
         series=solution.ys["series"],
         snapshots=solution.ys["snapshots"],
@@ -300,7 +309,7 @@ def _integrate(
         state=FlowSolverState(y, solution.solver_state, flow.proposed_step(solution)),
         optimizer_state=optimizer_state,
         time=time,
-        result=result,
+        failure=failure,
         work=flow.work(state.solver, solution, times.size),
         accepted=solution.stats["num_accepted_steps"],
         rejected=solution.stats["num_rejected_steps"],
@@ -312,11 +321,8 @@ def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, A
     series, snapshots = [p.series for p in parts], [p.snapshots for p in parts]
     if not traced:
         # What a part did not reach is infinite or NaN, and comes last.
-        series = [_leading(s, np.isfinite(np.asarray(s["loss"]))) for s in series]
-        snapshots = [
-            _leading(s, np.all(np.isfinite(np.asarray(s["weights"])), axis=1))
-            for s in snapshots
-        ]
+        series = [_leading(s, [s[name] for name in LOSSES]) for s in series]
+        snapshots = [_leading(s, [s["weights"]]) for s in snapshots]
         if len(series[0]["t"]) == 0:  # not a single step could be made
             series[0], snapshots[0] = parts[0].start, parts[0].first
     if len(parts) > 1:  # the last has the largest block
@@ -332,8 +338,8 @@ def _whole(count: Float[Array, ""]) -> Int[Array, ""]:
     return jnp.round(count).astype(jnp.int32)
 
 
-def _leading(tree: dict[str, Any], good: np.ndarray) -> dict[str, Any]:
-    rows = int(np.sum(good))
+def _leading(tree: dict[str, Any], finite: list[Array]) -> dict[str, Any]:
+    rows = leading_finite(*finite)
     return jax.tree.map(lambda x: x[:rows], tree)
 
 

@@ -8,14 +8,45 @@ class RESULTS(diffrax.RESULTS):
     `diffrax.RESULTS`, and these."""
 
     diverged = "The run diverged: the loss or the weights are no longer finite."
+    nonfinite_loss = "The loss is not a number, though it had not grown."
+    nonfinite_gradient = "The gradient is not finite, where the loss is."
+    nonfinite_hessian = (
+        "A product of the Hessian and a vector is not finite, where the loss and its "
+        "gradient are."
+    )
+    nonfinite_third_derivative = (
+        "A third derivative of the loss is not finite, where the first and second are."
+    )
+    eigensolver_failed = (
+        "The residuals of the top eigenvectors of the Hessian are so large that its "
+        "top eigenvalues are not known."
+    )
+    sdcp_failed = (
+        "No oscillation was found that holds the sharpness at its critical value."
+    )
     block_full = (
         "More eigenvalues became critical than the flow's block of eigenvectors can "
         "hold. Increase `block_size`."
     )
 
 
+# Those with which a run or a prediction can end.
+_NAMES = (
+    "successful",
+    "diverged",
+    "nonfinite_loss",
+    "nonfinite_gradient",
+    "nonfinite_hessian",
+    "nonfinite_third_derivative",
+    "eigensolver_failed",
+    "sdcp_failed",
+    "block_full",
+    "dt_min_reached",
+    "max_steps_reached",
+    "internal_error",
+)
+
+
 def name_of(result: RESULTS) -> str:
     """The name of a result code."""
-    names = ("successful", "diverged", "block_full", "max_steps_reached")
-    others = ("dt_min_reached", "nonfinite")
-    return next(n for n in (*names, *others) if bool(getattr(RESULTS, n) == result))
+    return next(n for n in _NAMES if bool(getattr(RESULTS, n) == result))

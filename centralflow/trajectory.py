@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .checks import as_path
+from .messages import describe, message
 from .results import RESULTS, name_of
 
 _FORMAT = "centralflow trajectory 1"
@@ -25,7 +26,14 @@ _SERIES = (
     "weight_times",
     "weights",
 )
-_ADDITIONAL = ("coordinates", "gradient_sq", "step_sizes", "trace_covariance")
+_ADDITIONAL = (
+    "coordinates",
+    "gradient_sq",
+    "step_sizes",
+    "trace_covariance",
+    "failure_time",
+    "failure_value",
+)
 
 
 class Trajectory(eqx.Module):
@@ -65,6 +73,9 @@ class Trajectory(eqx.Module):
         Sigma, in the Euclidean inner product. Of a discrete run, the squared distance
         of the iterate from the second-order midpoint, whose time-average it is; NaN at
         the first step. Each of these four is `None` in trajectories that lack it.
+    - `failure_time`, `failure_value`: of a run that failed, the time at which it did,
+        and the number that shows it: the loss, the largest entry of what is not finite,
+        the residual, and so on. NaN if it did not.
     - `solver_state`: of a flow, what `predict` needs to go on as if it had not
         stopped. It is not saved.
     """
@@ -88,6 +99,8 @@ class Trajectory(eqx.Module):
     gradient_sq: Float[Array, "T C"] | None = None
     step_sizes: Float[Array, "T C"] | None = None
     trace_covariance: Float[Array, " T"] | None = None
+    failure_time: Float[Array, ""] | None = None
+    failure_value: Float[Array, ""] | None = None
     solver_state: Any = None
 
     @property
@@ -193,7 +206,7 @@ class Trajectory(eqx.Module):
     def __str__(self) -> str:
         if self.times.ndim != 1:
             return repr(self)
-        end = "" if self.result == RESULTS.successful else f" ({RESULTS[self.result]})"
+        end = "" if self.result == RESULTS.successful else f"\n  {describe(self)}"
         work = ", ".join(f"{k} {_short(v)}" for k, v in self.stats.items())
         return (
             f"Trajectory over steps {float(self.times[0]):g} to "
@@ -210,15 +223,10 @@ class NumericalFailure(RuntimeError):
         self.trajectory = trajectory
 
 
-def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
+def finish(trajectory: Trajectory, optimizer: Any, throw: bool) -> Trajectory:
     """Raise if the run failed and `throw`; otherwise return it as it is."""
     if throw and trajectory.result != RESULTS.successful:
-        raise NumericalFailure(
-            f"{RESULTS[trajectory.result]} The last finite values are those at step "
-            f"{float(trajectory.times[-1]):g}. Everything up to there is in the "
-            "`trajectory` attribute of this exception; `throw=False` returns it.",
-            trajectory,
-        )
+        raise NumericalFailure(message(trajectory, optimizer), trajectory)
     return trajectory
 
 

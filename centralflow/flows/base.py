@@ -9,8 +9,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..failures import Failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
+from ..results import RESULTS
 
 
 class FlowState(eqx.Module):
@@ -132,6 +134,12 @@ class AbstractFlow(eqx.Module):
     def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
         """The work of an integration from the solver state `start` and of finding that
         state, rejected steps and `reports` reported times included."""
+
+    def failure(self, solution: diffrax.Solution) -> Failure:
+        """What a solver saw that could not go on."""
+        result = RESULTS.promote(solution.result)
+        result = RESULTS.where(result == RESULTS.nonfinite, RESULTS.diverged, result)
+        return when(solution.result != diffrax.RESULTS.successful, result)
 
     def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
         """The length of the step that would have followed, or None for the first of

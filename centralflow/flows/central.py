@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..checks import require_integer, require_positive
+from ..failures import Failure, choose, no_failure
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..solvers import ForesightController, Moreau, ProjectedRKC
@@ -166,7 +167,9 @@ class CentralFlow(AbstractFlow):
         if previous is not None:
             # The work of each part is counted by itself.
             expansion = dataclasses.replace(previous.expansion, work=Work())
-            previous = dataclasses.replace(previous, expansion=expansion)
+            previous = dataclasses.replace(
+                previous, expansion=expansion, failure=no_failure()
+            )
             if self.substeps is not None:
                 previous = dataclasses.replace(previous, unconverged=jnp.int32(0))
             if expansion.eigenvectors.shape[0] == self.block_size:
@@ -199,6 +202,10 @@ class CentralFlow(AbstractFlow):
             return start.expansion.work + solution.controller_state.total
         state = solution.solver_state
         return state.expansion.work + Work(unconverged=state.unconverged)
+
+    def failure(self, solution: diffrax.Solution) -> Failure:
+        own = solution.result == diffrax.RESULTS.nonfinite
+        return choose(own, solution.solver_state.failure, super().failure(solution))
 
     def proposed_step(self, solution: diffrax.Solution) -> Float[Array, ""] | None:
         return None if self.substeps is not None else solution.controller_state.proposed

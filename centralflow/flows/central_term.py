@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..eigen import top_eigenpairs
+from ..failures import Failure, eigen_failure, first_of, largest, slope_failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..precision import full_precision
+from ..results import RESULTS
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
@@ -195,11 +197,26 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
         return jax.lax.fori_loop(0, e.critical, add, zero)
 
-    def is_finite(self, y: FlowState, e: Expansion) -> Bool[Array, ""]:
-        oscillating = y.observables["oscillating"]
-        return jnp.isfinite(e.slope.loss + oscillating["loss"]) & jnp.all(
-            jnp.isfinite(y.weights)
+    def failure(self, y: FlowState, e: Expansion) -> Failure:
+        third = largest(e.forces)
+        # A part of the oscillation's own that is not finite has no other cause.
+        of_X = y.observables["oscillating"]["loss"] if y.observables else 0.0
+        return first_of(
+            slope_failure(y.weights, e.slope.loss, e.slope.gradient),
+            eigen_failure(
+                e.sharpness,
+                e.residuals,
+                jnp.arange(self.block_size) < e.known,
+                self.optimizer.critical_sharpness,
+                self.eigen_tolerance,
+            ),
+            when(~jnp.isfinite(third), RESULTS.nonfinite_third_derivative, third),
+            when(~jnp.isfinite(of_X), RESULTS.diverged, of_X),
         )
+
+    def without_oscillations(self, y: FlowState) -> FlowState:
+        of_X = lambda y: y.observables["oscillating"]
+        return eqx.tree_at(of_X, y, jax.tree.map(jnp.zeros_like, of_X(y)))
 
     # The expansion.
 
@@ -283,7 +300,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         critical = jnp.minimum(self.count_critical(pairs.values), count)
         known = jnp.maximum(wanted, critical)
         # There may be fewer eigenvalues than rows.
-        exists = jnp.isfinite(pairs.values)
+        exists = ~jnp.isneginf(pairs.values)
         sharpness = jnp.where(exists, pairs.values, 0)
         residual = jnp.max(
             jnp.where((jnp.arange(k) < known) & exists, pairs.residuals, 0)
@@ -392,7 +409,11 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         active = jnp.arange(self.block_size) < e.critical
         force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
         kind = RingingResponse if self.rings else Response
-        return responder(self.objective, self.optimizer, y, e, force, dt, kind)
+        finite = jnp.isfinite(largest((y.weights, e.sharpness, force)))
+        response, stiff, e = responder(
+            self.objective, self.optimizer, y, e, force, dt, kind
+        )
+        return response, stiff, _doubted(e, finite, response.space.nodes)
 
     @property
     def rings(self) -> bool:
@@ -455,6 +476,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         weights, count = damped(
             self.objective, self.optimizer, y, e, defect.weights, dt
         )
+        e = _doubted(e, jnp.isfinite(largest((y.weights, defect.weights))), weights)
         defect = FlowState(weights, defect.optimizer_state, defect.observables)
         return defect, dataclasses.replace(e, work=e.work + Work(hvps=count))
 
@@ -468,3 +490,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
     def approach(self, step: Step) -> Float[Array, "2 k"]:
         return approach(self, step)
+
+
+def _doubted(e: Expansion, finite: Bool[Array, ""], products: Array) -> Expansion:
+    """What the Hessian made not finite, of something `finite`, makes e so."""
+    bad = finite & ~jnp.isfinite(largest(products))
+    return dataclasses.replace(e, sharpness=jnp.where(bad, jnp.nan, e.sharpness))

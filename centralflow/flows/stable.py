@@ -92,7 +92,9 @@ class _StableField(eqx.Module):
     coordinates: Int[Array, " C"]
 
     def __call__(self, t, y: FlowState, args) -> FlowState:
-        g = self.objective.grad(y.weights)
+        # Without a loss there is nothing to report: the step is too long.
+        loss, g = self.objective.value_and_grad(y.weights)
+        g = jnp.where(jnp.isfinite(loss), g, jnp.nan)
         return FlowState(
             self.optimizer.velocity(y.weights, y.optimizer_state, g),
             self.optimizer.state_rate(y.optimizer_state, g, g * g),

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .moreau import multiplier
+from ..failures import Failure, choose, first_of, when
+from ..results import RESULTS
+from .moreau import multiplier, settle, unheld_for
 from .rkc import polynomial, rkc2
 from .term import AbstractStiffComplementarityTerm, Step
 
@@ -31,6 +33,8 @@ class _State(eqx.Module):
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
+    unheld: Float[Array, ""]  # for how long X has not held the constraint
+    failure: Failure
 
 
 class ProjectedRKC(diffrax.AbstractSolver):
@@ -104,6 +108,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
         y0 = term.record(y0, e, X)
         stiff = term.no_stiff_modes(y0) if previous is None else previous.stiff
         dt = jnp.zeros_like(excess)
+        failure = term.failure(y0, e)
+        y0 = choose(failure.failed, term.without_oscillations(y0), y0)
         return y0, _State(
             e,
             e,
@@ -114,6 +120,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt=dt,
             memory=dt,
             excess=excess,
+            unheld=dt if previous is None else previous.unheld,
+            failure=failure,
         )
 
     def init(self, terms, t0, t1, y0, args) -> _State:
@@ -186,7 +194,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             drift = term.drift(predicted, e, rate)
             return end(X) + term.memory * rate_of_C(drift)
 
-        solution = multiplier(lambda X: ahead(X) + slack, term.active(e), C)
+        solution, left = multiplier(lambda X: ahead(X) + slack, term.active(e), C)
         X = solution.X
 
         # 4. The correction.
@@ -225,8 +233,16 @@ class ProjectedRKC(diffrax.AbstractSolver):
             middle,
         )
         error = term.relative_error(step)
-        good = term.is_finite(y1, e1) & (error < 1) & possible
-        error = jnp.where(good, error, jnp.inf)
+        unheld, unsolved = unheld_for(left, s.unheld, dt)
+        failure = first_of(
+            term.failure(predicted, e),
+            term.failure(y1, e1),
+            unsolved,
+            when(~possible, RESULTS.dt_min_reached, jnp.inf),
+            when(~(error < 1), RESULTS.dt_min_reached, error),
+        )
+        failure = first_of(s.failure.at(t0), failure.at(t1))
+        error = jnp.where(failure.failed, jnp.inf, error)
 
         # The observables of X, linear between the ends of steps. If they were zero
         # before, or not known, they are zero up to the onset and constant thereafter.
@@ -260,13 +276,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
             excess,
+            unheld,
+            failure,
         )
-
-        keep = lambda new, old: jnp.where(good, new, old)
-        y1, state = tree_map(keep, (y1, state), (y0, s))
-        result = diffrax.RESULTS.where(
-            good, diffrax.RESULTS.successful, diffrax.RESULTS.nonfinite
-        )
+        info["y1"], y1, state, result = settle(failure, y1, state, y0, s)
         return y1, y_error, info, state, result
 
     def func(self, terms, t0, y0, args):

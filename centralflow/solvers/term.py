@@ -9,6 +9,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..failures import Failure
+
 
 class AbstractComplementarityTerm(diffrax.AbstractTerm):
     """The differential equation with a semidefinite complementarity constraint
@@ -69,8 +71,12 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
         """y with its observables brought up to date."""
 
     @abc.abstractmethod
-    def is_finite(self, y: PyTree, expansion: Any) -> Bool[Array, ""]:
-        """Whether the solution still makes sense."""
+    def failure(self, y: PyTree, expansion: Any) -> Failure:
+        """Whether y and its expansion still make sense."""
+
+    @abc.abstractmethod
+    def without_oscillations(self, y: PyTree) -> PyTree:
+        """y with the observables that X = 0 has, where X is not known."""
 
     def contr(self, t0, t1, **kwargs):
         return t1 - t0
