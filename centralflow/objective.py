@@ -10,6 +10,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from .sharding import automatic
+
 
 class Objective(eqx.Module):
     """A full-batch loss: the mean of `loss_fn(model, batch)` over a data set.
@@ -50,7 +52,7 @@ class Objective(eqx.Module):
                     f"`{name}` must be an array with a leading example axis, got "
                     f"{type(leaf).__name__}: wrap it in `jnp.asarray`."
                 )
-        data = jax.tree.map(jnp.asarray, data)
+        data = automatic(jax.tree.map(jnp.asarray, data))
         lengths = {
             "data" + jax.tree_util.keystr(path): leaf.shape[:1]
             for path, leaf in jax.tree_util.tree_leaves_with_path(data)
@@ -97,7 +99,7 @@ class Objective(eqx.Module):
 
         `ValueError` if `model` has no floating-point parameters, or complex ones.
         """
-        parameters, static = eqx.partition(model, _is_parameter)
+        parameters, static = eqx.partition(automatic(model), _is_parameter)
         parameters = jax.tree.map(jnp.asarray, parameters)
         leaves = jax.tree.leaves(parameters)
         if sum(leaf.size for leaf in leaves) == 0:
@@ -144,17 +146,23 @@ class FlatObjective(eqx.Module):
             return on(data)
         whole, ragged = divmod(examples, size)
 
-        def add(total, batch):
-            return jax.tree.map(lambda s, x: s + x * size, total, on(batch)), None
+        def add(j, total):
+            return jax.tree.map(lambda s, x: s + x * size, total, on(take(j)))
 
+        # Microbatch j has the examples j, j + whole, j + 2 whole, ...: of data sharded
+        # over devices each device then has a share in each microbatch, and no example
+        # has to leave it.
         head = jax.tree.map(
-            lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), data
+            lambda x: x[: whole * size].reshape(size, whole, *x.shape[1:]), data
+        )
+        take = lambda j: jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False), head
         )
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(on, jax.tree.map(lambda x: x[0], head)),
+            jax.eval_shape(lambda: on(take(0))),
         )
-        total, _ = jax.lax.scan(add, zero, head)
+        total = jax.lax.fori_loop(0, whole, add, zero)
         if ragged:
             tail = on(jax.tree.map(lambda x: x[whole * size :], data))
             total = jax.tree.map(lambda s, x: s + x * ragged, total, tail)

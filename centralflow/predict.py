@@ -25,6 +25,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import is_first_process, on_host
 from .trajectory import Trajectory, finish
 
 
@@ -97,7 +98,7 @@ def predict(
     )
     kept = np.unique([0, *kept, steps])
     traced = is_traced((flat, weights, optimizer, optimizer_state))
-    show = show_progress(progress) and not traced
+    show = show_progress(progress) and not traced and jax.process_count() == 1
     meter = diffrax.TqdmProgressMeter() if show else diffrax.NoProgressMeter()
 
     clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
@@ -311,9 +312,9 @@ def _join(parts: list[_Part], traced: bool) -> tuple[dict[str, Any], dict[str, A
     series, snapshots = [p.series for p in parts], [p.snapshots for p in parts]
     if not traced:
         # What a part did not reach is infinite or NaN, and comes last.
-        series = [_leading(s, np.isfinite(np.asarray(s["loss"]))) for s in series]
+        series = [_leading(s, np.isfinite(on_host(s["loss"]))) for s in series]
         snapshots = [
-            _leading(s, np.all(np.isfinite(np.asarray(s["weights"])), axis=1))
+            _leading(s, on_host(jnp.all(jnp.isfinite(s["weights"]), axis=1)))
             for s in snapshots
         ]
         if len(series[0]["t"]) == 0:  # not a single step could be made
@@ -366,7 +367,7 @@ def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
     sharpness = float(y.observables["smooth"]["sharpness"][0])
     critical = float(optimizer.critical_sharpness)
     # An iterate at the edge is a little above it or below.
-    if sharpness > 1.02 * critical:
+    if sharpness > 1.02 * critical and is_first_process():
         warnings.warn(
             f"The sharpness at the start, {sharpness:.4g}, is above the critical "
             f"{critical:.4g}: the optimizer itself is unstable there, and no central "

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
+from .sharding import automatic, is_first_process, on_host
 
 
 def check_start(
@@ -40,6 +41,7 @@ def check_start(
     if not whole or steps < 1:
         raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
     weights, flat = objective.flatten(model)
+    optimizer_state = automatic(optimizer_state)
     loss = eqx.filter_eval_shape(flat.loss, weights)
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
         raise ValueError(
@@ -67,14 +69,15 @@ def check_start(
     first = 0 if traced else optimizer.updates(optimizer_state)
     check_schedule(optimizer.learning_rate, first, int(steps))
     if not traced:
-        _check_values(*_probe(flat, weights, optimizer, optimizer_state))
+        values = _probe(flat, weights, optimizer, optimizer_state)
+        _check_values(*map(on_host, values))
     return flat, weights, optimizer_state
 
 
-def _check_values(loss: Array, gradient: Array, P: Array) -> None:
+def _check_values(loss: np.ndarray, gradient: np.ndarray, P: np.ndarray) -> None:
     """Raise unless loss, gradient and preconditioner are those of a possible step."""
     for name, value in (("", loss), ("'s gradient", gradient)):
-        bad = np.asarray(value)[~np.isfinite(value)]
+        bad = value[~np.isfinite(value)]
         if bad.size:
             raise ValueError(
                 f"`loss_fn`{name} is {bad.flat[0]} at the initial `model`: it must be "
@@ -178,15 +181,16 @@ def check_metrics(
 
 
 def show_progress(progress: bool | None) -> bool:
-    """By default progress is shown where somebody may be looking at it."""
-    if progress is None:
+    """By default progress is shown where somebody may be looking at it. It changes the
+    programs that are run, and those of several processes must be the same."""
+    if progress is None and jax.process_count() == 1:
         return sys.stderr.isatty() or "ipykernel" in sys.modules
-    return progress
+    return bool(progress)
 
 
 def warn_if_unconverged(count: Any) -> None:
     """Say that an inner solver stopped short of its tolerance."""
-    if int(count):
+    if int(count) and is_first_process():
         warnings.warn(
             "An eigensolver or a complementarity problem did not converge "
             f"{int(count)} times (`stats['unconverged']`): the eigenvalues may be "

@@ -24,6 +24,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import is_first_process
 from .trajectory import Trajectory, finish
 
 _RESIDUAL = 1e-2  # over the largest eigenvalue
@@ -106,7 +107,8 @@ def train(
     traced = is_traced((flat, weights, optimizer, optimizer_state))
     show = show_progress(progress) and not traced
     chunk = max(1, -(-steps // 100)) if show else steps + 1
-    with tqdm(total=steps, disable=not show, desc="train") as bar:
+    hidden = not (show and is_first_process())
+    with tqdm(total=steps, disable=hidden, desc="train") as bar:
         for stop in range(chunk, steps + 1 + chunk, chunk):
             state = clock(_advance, settings, state, kept, min(stop, steps + 1))
             bar.update(min(stop, steps) - bar.n)
