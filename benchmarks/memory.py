@@ -1,14 +1,11 @@
 """The memory that a prediction needs, next to a formula.
 
-    python -m benchmarks.memory             # what XLA plans, without running anything
-    python -m benchmarks.memory --measure   # and what a process takes, at the smallest n
+    python -m benchmarks.memory             # what XLA plans, nothing is run
+    python -m benchmarks.memory --measure   # and what a process takes, for the smallest
 
 Of the compiled integration XLA says how much memory it takes for its arguments, its
-results and in between. In units of a vector of n numbers that is compared with
-
-    VECTORS,
-
-which docs/numerics.md derives. Networks of a million and ten million parameters, with
+results and in between. That is compared with the formula of docs/scale.md, in vectors
+of n numbers. Networks of a million and ten million parameters, with
 64 examples, so that the vectors outweigh the activations. Takes about four minutes.
 """
 
@@ -46,9 +43,7 @@ def vectors(k: int, state: int) -> int:
 def problem(width: int, microbatch: int | None) -> tuple[cf.Objective, Any]:
     keys = jr.split(jr.key(0), 3)
     data = (jr.normal(keys[0], (64, 64)), jr.normal(keys[1], (64, 10)))
-    objective = cf.Objective(
-        cf.losses.squared_error, data, microbatch_size=microbatch
-    )
+    objective = cf.Objective(cf.losses.squared_error, data, microbatch_size=microbatch)
     return objective, cf.models.MLP(64, 10, width, key=keys[2])
 
 
@@ -102,3 +97,48 @@ def one(width: int, k: int, microbatch: int, name: str) -> None:
             objective, model, OPTIMIZERS[name], 5, flow=cf.CentralFlow(block_size=k)
         )
     print((peak() - before) / (w.size * w.dtype.itemsize))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[970, 3120])
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        *numbers, name = arguments.one
+        return one(*map(int, numbers), name)
+    smallest, *others = arguments.widths
+    cases = [(smallest, k, None, "GradientDescent") for k in (4, 8, 16)]
+    cases += [(smallest, 8, 16, "GradientDescent"), (smallest, 8, None, "RMSProp")]
+    cases += [(width, 8, None, "GradientDescent") for width in others]
+    rows = []
+    for width, k, microbatch, name in cases:
+        n, peak = planned(width, k, microbatch, name)
+        formula = vectors(k, 1 if name == "RMSProp" else 0)
+        taken = "-"
+        if arguments.measure and width == smallest:
+            taken = f"{measured(width, k, microbatch, name):.0f}"
+        cells = [f"{n:,}", str(k), str(microbatch or "-"), name, f"{formula}"]
+        rows.append([*cells, f"{peak:.0f}", f"{4e-9 * n * peak:.2f} GB", taken])
+        print(rows[-1], file=sys.stderr, flush=True)
+    heading("Memory of a prediction, in vectors of n numbers")
+    table(
+        [
+            "n",
+            "block size",
+            "microbatch",
+            "optimizer",
+            "formula",
+            "planned by XLA",
+            "in float32",
+            "taken by a process",
+        ],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -256,12 +256,10 @@ class FlatObjective(eqx.Module):
 
             return jax.lax.fori_loop(0, count, pairs, total)
 
-        # A zero that depends on w: a constant array would be made once, before all
-        # steps of a flow, and be kept through them.
-        zero, _ = jax.lax.optimization_barrier((jnp.zeros((), V.dtype), w[0]))
-        return self._accumulate(
-            derivatives, jnp.broadcast_to(zero, (k * (k + 1) // 2, n))
-        )
+        # A zero that depends on V: compilers make constants long before they are
+        # needed, here before the eigenvectors are computed, and keep them.
+        zero = jnp.broadcast_to(0 * V[0, 0], (k * (k + 1) // 2, n))
+        return self._accumulate(derivatives, zero)
 
     def evaluate(
         self, metrics: dict[str, Callable], w: Float[Array, " n"]
