@@ -78,7 +78,7 @@ def measure(size: int, problem: Problem, block_size: int = 8) -> dict:
 
 def sharpest(objective: cf.Objective, model) -> float:
     optimizer = cf.GradientDescent(1.0)
-    return float(cf.sharpness(objective, model, optimizer, ()).values[0])
+    return float(cf.sharpness(objective, model, optimizer, None).values[0])
 
 
 def network(width: int, copies: int) -> tuple[int, Problem]:

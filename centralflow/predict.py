@@ -25,7 +25,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
-from .sharding import is_first_process, on_host
+from .sharding import is_first_process, on_host, sharded_like
 from .trajectory import Trajectory, finish
 
 
@@ -157,7 +157,7 @@ def predict(
         metrics=series["metrics"],
         weight_times=snapshots["t"],
         weights=snapshots["weights"],
-        model=flat.model(previous.y.weights),
+        model=sharded_like(flat.model(previous.y.weights), model),
         optimizer_state=parts[-1].optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
         result=result,

@@ -27,6 +27,18 @@ def automatic(tree: PyTree) -> PyTree:
     return jax.tree.map(moved, tree)
 
 
+def sharded_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Arrays on the meshes of those of `like`, sharded as these are, if they are on
+    meshes. The compiler does not keep that through a flat vector."""
+
+    def moved(x, old):
+        traced = isinstance(x, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+        sharding = None if traced else getattr(old, "sharding", None)
+        return jax.device_put(x, sharding) if isinstance(sharding, NamedSharding) else x
+
+    return jax.tree.map(moved, tree, automatic(like))
+
+
 def on_host(x: Array | np.ndarray) -> np.ndarray:
     """The whole of an array. If no process has all of it, each must call this."""
     if isinstance(x, jax.Array) and not (

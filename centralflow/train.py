@@ -24,7 +24,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
-from .sharding import is_first_process
+from .sharding import is_first_process, sharded_like
 from .trajectory import Trajectory, finish
 
 _RESIDUAL = 1e-2  # over the largest eigenvalue
@@ -139,7 +139,7 @@ def train(
         metrics=series["metrics"],
         weight_times=kept[:kept_end].astype(dtype),
         weights=state.kept[:kept_end],
-        model=flat.model(last[0]),
+        model=sharded_like(flat.model(last[0]), model),
         optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
         result=RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful),
