@@ -1,7 +1,7 @@
 """Runs of one problem on one device and sharded over all, for `test_sharding.py`.
 
-python -m tests.sharded_runs FOLDER                     the devices of one process
-python -m tests.sharded_runs FOLDER ADDRESS PROCESS     of two
+python -m tests.sharded_runs FOLDER run,flow                  in one process
+python -m tests.sharded_runs FOLDER run,flow ADDRESS PROCESS  in each of two
 """
 
 import sys
@@ -18,10 +18,12 @@ from .problems import tiny_loss, tiny_network
 RATE = 0.45
 
 
-def trajectories(objective, model):
-    optimizer = cf.GradientDescent(RATE)
-    yield "run", cf.train(objective, model, optimizer, 60, sharpness_every=20)
-    yield "flow", cf.predict(objective, model, optimizer, 60)
+def trajectories(names, *problem):
+    make = dict(
+        run=lambda: cf.train(*problem, 60, sharpness_every=20),
+        flow=lambda: cf.predict(*problem, 60),
+    )
+    return {name: make[name]() for name in names.split(",")}
 
 
 def sharded(model, data):
@@ -39,21 +41,25 @@ def sharded(model, data):
     return model, jax.tree.map(examples, data)
 
 
-def main(folder, address=None, process=None):
+def main(folder, names, address=None, process=None):
     if address is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, 2, int(process))
     model, data = tiny_network("float64", width=16, examples=64, inputs=6)
     objective = cf.Objective(tiny_loss, data)
-    for name, one in trajectories(objective, model):
+    optimizer = cf.GradientDescent(RATE)
+    for name, one in trajectories(names, objective, model, optimizer).items():
         one.save(Path(folder) / f"{name}-one.npz")
     model, data = sharded(model, data)
     objective = cf.Objective(tiny_loss, data, microbatch_size=16)
-    for name, many in trajectories(objective, model):
-        long = (many.weights, many.model["A"])
-        assert not any(x.sharding.is_fully_replicated for x in long), name
-        assert cf.compare(many, many).weight_distance == 0
+    spread = trajectories(names, objective, model, optimizer)
+    for name, many in spread.items():
+        assert not many.weights.sharding.is_fully_replicated
+        for key, value in many.model.items():
+            assert value.sharding.spec == model[key].sharding.spec, key
         many.save(Path(folder) / f"{name}-many.npz")
+    if "flow" in spread:
+        assert cf.compare(spread["run"], spread["flow"]).weight_distance < 1
 
 
 if __name__ == "__main__":
