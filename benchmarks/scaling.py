@@ -5,8 +5,8 @@
 
 Gradient descent at the edge with one thing changed at a time: the number of parameters
 (the width of a network), of examples (the same 100 digits, repeated, so that the flow
-is the same), and of critical eigenvalues (12 networks side by side, of which so many
-are at the edge). A row says what one step of the flow costs, in wall time and in
+is the same), and of critical eigenvalues (12 networks side by side, of which 1, 2, ...
+are at the edge, with one eigenvalue or more). A row says what one step of the flow costs, in wall time and in
 gradient-equivalents. Exponents are fitted to all sizes, and to the last two alone. It
 takes about fifteen minutes. Writes out/scaling.json and out/scaling.png.
 """
@@ -126,7 +126,8 @@ def examples_series(repeats: list[int]) -> list[dict]:
 
 
 def critical_series(counts: list[int]) -> list[dict]:
-    return [measure(count, side_by_side(count), 16) for count in counts]
+    rows = [measure(count, side_by_side(count), 16) for count in counts]
+    return [dict(row, size=row["critical"]) for row in rows]
 
 
 def exponent(rows: list[dict], key: str) -> float:
@@ -150,7 +151,7 @@ def draw(series: dict[str, list[dict]]) -> Figure:
         label = "critical eigenvalues" if name == "critical" else name
         axes.set(xscale="log", yscale="log", xlabel=label)
         if name == "critical":
-            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
             axes.minorticks_off()
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -165,7 +166,7 @@ def report(series: dict[str, list[dict]]) -> None:
     cells = [
         [
             name,
-            f"{row['size']:,}",
+            f"{row['size']:,.3g}" if name == "critical" else f"{row['size']:,}",
             f"{row['critical']:.1f}",
             str(row["tried"]),
             f"{row['work']:.0f}",
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("series", nargs="*", default=list(EXPECTED))
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 280, 970, 3120])
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 10, 100, 1000])
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 12])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--output", type=Path, default=Path("out/scaling.png"))
     arguments = parser.parse_args()
     store = arguments.output.with_suffix(".json")
