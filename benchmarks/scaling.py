@@ -6,9 +6,10 @@
 Gradient descent at the edge with one thing changed at a time: the number of parameters
 (the width of a network), of examples (the same 100 digits, repeated, so that the flow
 is the same), and of critical eigenvalues (12 networks side by side, of which 1, 2, ...
-are at the edge, with one eigenvalue or more). A row says what one step of the flow costs, in wall time and in
-gradient-equivalents. Exponents are fitted to all sizes, and to the last two alone. It
-takes about fifteen minutes. Writes out/scaling.json and out/scaling.png.
+are at the edge, with one eigenvalue or more). A row says what one step of the flow
+costs, in wall time and in gradient-equivalents. Exponents are fitted to all sizes, and
+to the last two alone. Takes about fifteen minutes.
+Writes out/scaling.json and out/scaling.png.
 """
 
 import argparse
