@@ -15,7 +15,7 @@ import centralflow as cf
 
 from .problems import tiny_loss, tiny_network
 
-RATE = 0.45
+RATE = 0.584
 
 
 def trajectories(names, *problem):
