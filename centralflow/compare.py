@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .checks import require_integer
+from .sharding import on_host
 from .trajectory import Trajectory, check_comparable
 
 
@@ -276,7 +277,7 @@ def _weight_distance(run: Trajectory, prediction: Trajectory) -> float:
     if float(run.weight_times[-1]) != float(prediction.weight_times[-1]):
         return float("nan")
     w0, w1, w = (
-        np.asarray(x, float)
+        on_host(x).astype(float)
         for x in (run.weights[0], run.weights[-1], prediction.weights[-1])
     )
     return _ratio(np.linalg.norm(w1 - w), np.linalg.norm(w1 - w0))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .results import RESULTS
+from .sharding import on_host
 
 # A loss that is lost after it has grown so many times was lost to divergence.
 _GROWN = 1e3
@@ -205,8 +206,8 @@ def leading_finite(*series: Any) -> int:
     """How many rows there are before the first one that is not finite."""
     good = True
     for x in series:
-        x = np.asarray(x)
-        good = good & np.all(np.isfinite(x.reshape(len(x), -1)), axis=1)
+        x = jnp.asarray(x)
+        good = good & on_host(jnp.all(jnp.isfinite(x.reshape(len(x), -1)), axis=1))
     return int(np.sum(np.cumprod(good)))
 
 

@@ -27,6 +27,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import is_first_process, sharded_like
 from .trajectory import Trajectory, finish
 
 
@@ -106,7 +107,7 @@ def predict(
     )
     kept = np.unique([0, *kept, steps])
     traced = is_traced((flat, weights, optimizer, optimizer_state))
-    show = show_progress(progress) and not traced
+    show = show_progress(progress) and not traced and jax.process_count() == 1
     meter = diffrax.TqdmProgressMeter() if show else diffrax.NoProgressMeter()
 
     clock, as_times = Clock(), lambda x: jnp.asarray(x, weights.dtype)
@@ -169,7 +170,7 @@ def predict(
         metrics=series["metrics"],
         weight_times=snapshots["t"],
         weights=snapshots["weights"],
-        model=flat.model(previous.y.weights),
+        model=sharded_like(flat.model(previous.y.weights), model),
         optimizer_state=parts[-1].optimizer_state,
         critical_sharpness=optimizer.critical_sharpness,
         result=failure.result,
@@ -396,7 +397,7 @@ def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
     sharpness = float(y.observables["smooth"]["sharpness"][0])
     critical = float(optimizer.critical_sharpness)
     # An iterate at the edge is a little above it or below.
-    if sharpness > 1.02 * critical:
+    if sharpness > 1.02 * critical and is_first_process():
         warnings.warn(
             f"The sharpness at the start, {sharpness:.4g}, is above the critical "
             f"{critical:.4g}: the optimizer itself is unstable there, and no central "

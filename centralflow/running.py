@@ -16,6 +16,7 @@ from .checks import require_integer
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
+from .sharding import automatic, is_first_process, on_host
 
 
 def check_start(
@@ -39,6 +40,7 @@ def check_start(
         )
     require_integer("steps", steps)
     weights, flat = objective.flatten(model)
+    optimizer_state = automatic(optimizer_state)
     at_once = Objective(objective.loss_fn, objective.data)
     loss = eqx.filter_eval_shape(at_once.flatten(model)[1].loss, weights)
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
@@ -78,14 +80,15 @@ def check_start(
             f"the weights' shape {weights.shape}; it returned {_arrays(P)}."
         )
     if not traced:
-        _check_values(*_probe(flat, weights, optimizer, optimizer_state))
+        values = _probe(flat, weights, optimizer, optimizer_state)
+        _check_values(*map(on_host, values))
     return flat, weights, optimizer_state
 
 
-def _check_values(loss: Array, gradient: Array, P: Array) -> None:
+def _check_values(loss: np.ndarray, gradient: np.ndarray, P: np.ndarray) -> None:
     """Raise unless loss, gradient and preconditioner are those of a possible step."""
     for name, value in (("", loss), ("'s gradient", gradient)):
-        bad = np.asarray(value)[~np.isfinite(value)]
+        bad = value[~np.isfinite(value)]
         if bad.size:
             raise ValueError(
                 f"`loss_fn`{name} is {bad.flat[0]} at the initial `model`: it must be "
@@ -192,15 +195,16 @@ def check_metrics(
 
 
 def show_progress(progress: bool | None) -> bool:
-    """By default progress is shown where somebody may be looking at it."""
-    if progress is None:
+    """By default progress is shown where somebody may be looking at it. It changes the
+    programs that are run, and those of several processes must be the same."""
+    if progress is None and jax.process_count() == 1:
         return sys.stderr.isatty() or "ipykernel" in sys.modules
-    return progress
+    return bool(progress)
 
 
 def warn_if_unconverged(count: Any) -> None:
     """Say that an inner solver stopped short of its tolerance."""
-    if int(count):
+    if int(count) and is_first_process():
         warnings.warn(
             "An eigensolver or a complementarity problem did not converge "
             f"{int(count)} times (`stats['unconverged']`): the eigenvalues may be "

@@ -36,6 +36,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import is_first_process, sharded_like
 from .trajectory import Trajectory, finish
 
 _RESIDUAL = 1e-2  # over the largest eigenvalue
@@ -115,7 +116,8 @@ def train(
     traced = is_traced((flat, weights, optimizer, optimizer_state))
     show = show_progress(progress) and not traced
     chunk = max(1, -(-steps // 100)) if show else steps + 1
-    with tqdm(total=steps, disable=not show, desc="train") as bar:
+    hidden = not (show and is_first_process())
+    with tqdm(total=steps, disable=hidden, desc="train") as bar:
         for stop in range(chunk, steps + 1 + chunk, chunk):
             state = clock(_advance, settings, state, kept, min(stop, steps + 1))
             bar.update(min(stop, steps) - bar.n)
@@ -149,7 +151,7 @@ def train(
         metrics=series["metrics"],
         weight_times=kept[:kept_end].astype(dtype),
         weights=state.kept[:kept_end],
-        model=flat.model(last[0]),
+        model=sharded_like(flat.model(last[0]), model),
         optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
         result=failure.result,

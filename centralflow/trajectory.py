@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .checks import as_path
 from .messages import describe, message
 from .results import RESULTS, name_of
+from .sharding import is_first_process, on_host
 
 _FORMAT = "centralflow trajectory 1"
 _SERIES = (
@@ -111,7 +112,8 @@ class Trajectory(eqx.Module):
         return s["gradients"] + 2 * s["hvps"] + 4 * s["third_derivatives"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the trajectory to one `.npz` file of plain arrays, atomically.
+        """Write the trajectory to one `.npz` file of plain arrays, atomically. Of
+        several processes all must call this, and the first writes.
 
         **Arguments:**
 
@@ -131,16 +133,18 @@ class Trajectory(eqx.Module):
             )
         check_single("trajectory", self)
         arrays = {
-            name: np.asarray(getattr(self, name))
+            name: on_host(getattr(self, name))
             for name in (*_SERIES, *_ADDITIONAL)
             if getattr(self, name) is not None
         }
         for i, series in enumerate(self.metrics.values()):
-            arrays[f"metrics{i}"] = np.asarray(series)
+            arrays[f"metrics{i}"] = on_host(series)
         for name in ("model", "optimizer_state"):
             tree = eqx.filter(getattr(self, name), eqx.is_array)
             for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                arrays[name + jax.tree_util.keystr(key)] = np.asarray(leaf)
+                arrays[name + jax.tree_util.keystr(key)] = on_host(leaf)
+        if not is_first_process():
+            return
         arrays["header"] = np.array(
             json.dumps(
                 {

@@ -63,7 +63,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         """E[g] - g = (1/2) sum_ij X_ij D_ij and E[g * g] - g * g = diag(H Sigma H),
         with H u_i = kappa P u_i, which holds wherever X is not zero and makes the
         constraint's dependence on X symmetric."""
-        i, j = np.tril_indices(self.block_size)
+        i, j = np.tril_indices(self._room(y))
         force = 0.5 * (jnp.where(i == j, 1, 2) * X[i, j]) @ e.forces
         P = self.optimizer.preconditioner(y.optimizer_state)
         HU = self.optimizer.critical_sharpness * P * e.eigenvectors
@@ -106,7 +106,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         _, dP = jax.jvp(
             self.optimizer.preconditioner, (y.optimizer_state,), (rate.optimizer_state,)
         )
-        i, j = np.tril_indices(self.block_size)
+        i, j = np.tril_indices(self._room(y))
         dH = e.forces @ rate.weights
         dH = jnp.zeros_like(e.hessian).at[i, j].set(dH).at[j, i].set(dH)
         return kappa * (U * dP) @ U.T - dH
@@ -259,8 +259,17 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         work = e.work + Work(
             gradients=1, third_derivatives=e.critical * (e.critical + 1) // 2
         )
-        forces = self.objective.thirds(y.weights, e.eigenvectors, e.critical)
-        return dataclasses.replace(e, slope=slope, forces=forces, work=work)
+        return dataclasses.replace(e, slope=slope, forces=self._forces(y, e), work=work)
+
+    def _room(self, y: FlowState) -> int:
+        """How many eigenvalues may be critical: if there are more, the block is to be
+        enlarged."""
+        k = self.block_size
+        return k if k >= y.weights.size else max(k - GUARDS, 1)
+
+    def _forces(self, y: FlowState, e: Expansion) -> Float[Array, "m n"]:
+        U = e.eigenvectors[: self._room(y)]
+        return self.objective.thirds(y.weights, U, e.critical)
 
     def _followed(self, previous: Expansion) -> tuple[Array, Array]:
         k = self.block_size
@@ -297,8 +306,10 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             # Looks for eigenvectors that a symmetry hides from those tracked.
             key=jr.fold_in(jr.key(1), calls),
         )
-        critical = jnp.minimum(self.count_critical(pairs.values), count)
-        known = jnp.maximum(wanted, critical)
+        above = jnp.minimum(self.count_critical(pairs.values), count)
+        known = jnp.maximum(wanted, above)
+        room = self._room(y)
+        critical = jnp.minimum(above, room)
         # There may be fewer eigenvalues than rows.
         exists = ~jnp.isneginf(pairs.values)
         sharpness = jnp.where(exists, pairs.values, 0)
@@ -314,7 +325,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             eigenvectors=pairs.vectors / jnp.sqrt(P),
             hessian=jnp.diag(sharpness),
             gram=jnp.eye(k, dtype=w.dtype),
-            forces=jnp.zeros((k * (k + 1) // 2, w.size), w.dtype),
+            forces=jnp.zeros((room * (room + 1) // 2, w.size), w.dtype),
             tracked=jnp.asarray(count, jnp.int32),
             known=known,
             critical=critical,
@@ -382,9 +393,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         critical = jnp.minimum(jnp.maximum(e.critical, previous.held), e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
-        forces = self.objective.thirds(y.weights, e.eigenvectors, critical)
         work = e.work + Work(third_derivatives=critical * (critical + 1) // 2)
-        return dataclasses.replace(e, critical=critical, forces=forces, work=work)
+        e = dataclasses.replace(e, critical=critical, work=work)
+        return dataclasses.replace(e, forces=self._forces(y, e))
 
     def no_stiff_modes(self, y: FlowState) -> StiffModes:
         return none_known(y.weights.size, y.weights.dtype)
