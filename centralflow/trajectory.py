@@ -269,8 +269,9 @@ def _read(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, An
         name: jnp.asarray(arrays.pop(f"metrics{i}"))
         for i, name in enumerate(header["metrics"])
     }
-    lengths = {len(fields[x]) for x in fields if x in _SERIES[:7] + _ADDITIONAL[1:]}
-    if len(lengths | {len(x) for x in metrics.values()}) > 1:
+    other = ("weight_times", "weights", "coordinates")
+    series = [x for name, x in fields.items() if x.ndim and name not in other]
+    if len({len(x) for x in [*series, *metrics.values()]}) > 1:
         raise ValueError("its series differ in length")
     return fields | dict(
         metrics=metrics,
