@@ -17,7 +17,8 @@ STEPS, N, WIDTH, INPUTS, OUTPUTS = 60, 12, 4, 3, 2
 SIZE = WIDTH * INPUTS + WIDTH + OUTPUTS * WIDTH
 RTOL = 1e-2
 # A violation of the constraint by the share v of the critical sharpness is an error of
-# (5 v)^2, so as much as this is accepted within a step.
+# (5 v)^2, so as much as this is accepted within a step. In one of length dt only the
+# share dt / (dt + 1/4) counts: down to dt = 0.2, v may be 1.5 times as large.
 VIOLATION = np.sqrt(RTOL) / 5
 TIMES = np.arange(STEPS + 1.0)
 
@@ -93,16 +94,17 @@ def _complementarity(problem):
     flow = problem.predict()
     X, sharpness = np.asarray(flow.oscillation), np.asarray(flow.sharpness)
     # Feasible: as reported, and as it is at the weights.
-    assert np.nanmax(sharpness) <= 2 * (1 + VIOLATION)
+    assert np.nanmax(sharpness) <= 2 * (1 + 1.5 * VIOLATION)
     hessians = [problem.hessian(w[:SIZE]) for w in flow.weights]
     true = problem.rate * np.linalg.eigvalsh(hessians)[:, -1]
-    assert np.max(true) <= 2 * (1 + VIOLATION)
+    assert np.max(true) <= 2 * (1 + 1.5 * VIOLATION)
     # It oscillates only where it is critical: <X, 2 - lambda> = 0. At the ends of
     # steps, and between them as a mean over time: an eigenvalue that leaves the edge in
     # a step takes all of it, in the series, for the oscillation to die out.
     assert np.all(X >= 0)
-    assert np.all(np.isfinite(sharpness[X > 0]))
     slack = np.abs(2 - np.where(X > 0, sharpness, 2))
+    # Nor is an eigenvalue known in the step in which it is first seen.
+    slack = np.where(np.isfinite(slack), slack, 2)
     assert np.sum(slack * X) <= VIOLATION * 2 * np.sum(X)
     # E[L] = L + <H, Sigma> / 2, and H Sigma = 2 P Sigma if all of it is critical. In
     # the difference of the losses their rounding remains.
@@ -110,7 +112,8 @@ def _complementarity(problem):
     added = np.asarray(flow.mean_loss - flow.loss)
     assert np.all(np.abs(added - total) <= VIOLATION * np.max(total) + rounding)
     # The network that does not count has not moved.
-    np.testing.assert_array_equal(flow.weights[:, SIZE:], flow.weights[:1, SIZE:])
+    dead = np.asarray(flow.weights[:, SIZE:])
+    np.testing.assert_array_equal(dead, np.broadcast_to(dead[0], dead.shape))
 
 
 @_examples(8, 100)
@@ -122,7 +125,7 @@ def _doubled(problem):
     one, two = problem.predict(), problem.predict(second=1.0)
     # Each is right to 3 rtol, as of test_long_steps.py.
     assert _difference(two.loss, 2 * one.loss) < 3 * RTOL
-    assert np.nanmax(two.sharpness) <= 2 * (1 + VIOLATION)
+    assert np.nanmax(two.sharpness) <= 2 * (1 + 1.5 * VIOLATION)
     # Where one is held, so is the other: they are not torn apart, though no sum of an
     # eigenvector here and one there is better than another.
     first, second = two.weights[:, :SIZE], two.weights[:, SIZE:]
@@ -174,7 +177,7 @@ def _order_for_rmsprop(problem, order):
     flow = problem.predict(optimizer=optimizer)
     again = problem.predict(optimizer=optimizer, order=np.asarray(order))
     assert _difference(flow.loss, again.loss) < RTOL
-    assert np.nanmax(flow.sharpness[1:]) <= 2 * (1 + VIOLATION)
+    assert np.nanmax(flow.sharpness[1:]) <= 2 * (1 + 1.5 * VIOLATION)
 
 
 @pytest.mark.slow
