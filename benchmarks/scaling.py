@@ -1,20 +1,26 @@
-"""How the cost of a prediction grows with the problem.
+"""How the cost of a step of the flow grows with the problem.
 
-    python -m benchmarks.scaling
+    python -m benchmarks.scaling                  # all
+    python -m benchmarks.scaling examples         # one series; those before are kept
 
-Gradient descent on digits with one thing changed at a time: the number of parameters
-(the width of the network), of examples, and of critical eigenvalues (the learning
-rate). A row says what one step of the flow costs, in wall time and in
-gradient-equivalents, and the exponents are fitted to these. Takes about five minutes.
-Writes out/scaling.png.
+Gradient descent at the edge with one thing changed at a time: the number of parameters
+(the width of a network), of examples (the same 100 digits, repeated, so that the flow
+is the same), and of critical eigenvalues (12 networks side by side, of which 1, 2, ...
+are at the edge, with one eigenvalue or more). A row says what one step of the flow
+costs, in wall time and in gradient-equivalents. Exponents are fitted to all sizes, and
+to the last two alone. Takes about fifteen minutes.
+Writes out/scaling.json and out/scaling.png.
 """
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 import centralflow as cf
@@ -22,45 +28,107 @@ import centralflow as cf
 from .problems import Problem
 from .report import heading, table
 
-# What limits each, at the sizes that are measured here.
-LIMITS = dict(
-    parameters="The counts do not depend on the width; the derivatives do, as any "
-    "gradient does, once they outweigh what a step costs at any size.",
-    examples="Only the derivatives see the examples, so an exponent below one is the "
-    "share of the rest of a step: vector operations on the weights and small matrices.",
-    critical="k eigenvalues need k (k + 1) / 2 third derivatives and about 2 k + 2 "
-    "Hessian-vector products a step: between first and second order in k.",
+STEPS = 10  # of the optimizer: the flow makes some ten as well, at the edge
+BELOW = 0.995  # the largest eigenvalue at the start, over the critical one
+COPIES = 12
+
+# The exponents expected of the wall time and of the gradient-equivalents of a step, and
+# what limits it.
+EXPECTED = dict(
+    parameters=(
+        "1, 0",
+        "The counts do not depend on n. Of the time a part is derivatives, and a part, "
+        "of no more than first order either, products of blocks of vectors of length "
+        "n, which memory limits.",
+    ),
+    examples=(
+        "1, 0",
+        "Only the derivatives see the examples. With few of them the rest of a step "
+        "remains: vectors of length n and small matrices.",
+    ),
+    critical=(
+        "1 to 2, 1 to 2",
+        "k eigenvalues need k (k + 1) / 2 third derivatives and about 2 k + 2 "
+        "Hessian-vector products; the Krylov space does not depend on k.",
+    ),
 )
 
 
-def measure(size: float | None, steps: int, problem: Problem, **options: Any) -> dict:
-    problem.predict(steps, **options)
-    flow = min(
-        (problem.predict(steps, **options) for _ in range(2)),
-        key=lambda flow: flow.stats["seconds"],
+def measure(size: int, problem: Problem, block_size: int = 8) -> dict:
+    options = dict(
+        flow=cf.CentralFlow(block_size=block_size), times=np.arange(0, STEPS + 1, 5)
     )
+    flow = problem.predict(STEPS, **options)
+    if flow.stats["seconds"] < 20:  # the first run is slower
+        flow = problem.predict(STEPS, **options)
+    run = problem.train(20)
     tried = int(flow.stats["accepted_steps"] + flow.stats["rejected_steps"])
-    edge = 0.99 * float(flow.critical_sharpness)
-    critical = float((np.nan_to_num(np.asarray(flow.sharpness)) > edge).sum(1).mean())
-    return dict(
-        size=critical if size is None else size,
-        critical=critical,
+    edge = 0.97 * float(flow.critical_sharpness)
+    critical = (np.nan_to_num(np.asarray(flow.sharpness)) > edge).sum(1).mean()
+    row = dict(
+        size=size,
+        critical=float(critical),
         tried=tried,
         work=float(flow.gradient_equivalents) / tried,
         seconds=flow.stats["seconds"] / tried,
-        run=problem.train(steps).stats["seconds"] / steps,
+        run=run.stats["seconds"] / 20,
     )
+    print(row, flush=True)
+    return row
 
 
-def network(width: int, examples: int, rate: float) -> Problem:
-    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(examples))
+def sharpest(objective: cf.Objective, model) -> float:
+    optimizer = cf.GradientDescent(1.0)
+    return float(cf.sharpness(objective, model, optimizer, None).values[0])
+
+
+def network(width: int, copies: int) -> tuple[int, Problem]:
+    """100 digits, repeated, and a network that is just below the edge."""
+    x, y = cf.data.digits(100)
+    objective = cf.Objective(cf.losses.squared_error, (x, y))
     model = cf.models.MLP(64, 10, width, key=jax.random.key(0))
-    problem = Problem("", objective, model, cf.GradientDescent(rate))
-    return problem.after(100)  # past the first steps, which overshoot the edge
+    optimizer = cf.GradientDescent(2 * BELOW / sharpest(objective, model))
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x] * copies), (x, y))
+    objective = cf.Objective(cf.losses.squared_error, repeated)
+    return objective.flatten(model)[0].size, Problem("", objective, model, optimizer)
 
 
-def parameters(problem: Problem) -> int:
-    return problem.objective.flatten(problem.model)[0].size
+class Networks(eqx.Module):
+    """The weighted sum of the losses of many networks."""
+
+    weights: Float[Array, " c"]
+
+    def __call__(self, models, batch):
+        losses = jax.vmap(cf.losses.squared_error, in_axes=(0, None))(models, batch)
+        return self.weights @ losses
+
+
+def side_by_side(critical: int) -> Problem:
+    """12 networks, so many of them just below the edge and the others far below."""
+    data = cf.data.digits(500)
+    make = lambda key: cf.models.MLP(64, 10, 32, key=key)
+    each = [make(key) for key in jax.random.split(jax.random.key(0), COPIES)]
+    objective = cf.Objective(cf.losses.squared_error, data)
+    top = np.array([sharpest(objective, model) for model in each])
+    weights = 2 * BELOW / top * np.where(np.arange(COPIES) < critical, 1, 0.3)
+    leaves = [eqx.filter(model, eqx.is_array) for model in each]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+    models = eqx.combine(stacked, eqx.filter(each[0], eqx.is_array, inverse=True))
+    objective = cf.Objective(Networks(jnp.asarray(weights, jnp.float32)), data)
+    return Problem("", objective, models, cf.GradientDescent(1.0))
+
+
+def parameters_series(widths: list[int]) -> list[dict]:
+    return [measure(*network(width, 1)) for width in widths]
+
+
+def examples_series(repeats: list[int]) -> list[dict]:
+    return [measure(100 * copies, network(64, copies)[1]) for copies in repeats]
+
+
+def critical_series(counts: list[int]) -> list[dict]:
+    rows = [measure(count, side_by_side(count), 16) for count in counts]
+    return [dict(row, size=row["critical"]) for row in rows]
 
 
 def exponent(rows: list[dict], key: str) -> float:
@@ -74,62 +142,41 @@ def draw(series: dict[str, list[dict]]) -> Figure:
         ("seconds", 1e3, "wall time (ms)", "o", "C0"),
         ("work", 1, "gradient-equivalents", "s", "C1"),
     )
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for axes, (name, rows) in zip(panels, series.items(), strict=True):
         sizes = [row["size"] for row in rows]
         for key, unit, label, marker, color in kinds:
             label = f"{label}, exponent {exponent(rows, key):.2f}"
             values = [unit * row[key] for row in rows]
             axes.plot(sizes, values, marker + "-", ms=4, c=color, label=label)
-        axes.set(xscale="log", yscale="log", xlabel=name)
-        axes.set_xticks(
-            sizes, [f"{size:,.3g}" if size < 100 else f"{size:,.0f}" for size in sizes]
-        )
-        axes.minorticks_off()
+        label = "critical eigenvalues" if name == "critical" else name
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        if name == "critical":
+            axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+            axes.minorticks_off()
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("for each step of the flow")
     low, high = panels[0].get_ylim()
-    panels[0].set_ylim(low, 3 * high)  # room for the legends
+    panels[0].set_ylim(low, 5 * high)  # room for the legends
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--examples", type=int, nargs="+", default=[200, 500, 1797])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.4, 0.7, 1.0])
-    parser.add_argument("--output", type=Path, default=Path("out/scaling.png"))
-    arguments = parser.parse_args()
-    steps = arguments.steps
-
-    wide = [network(width, 500, 0.4) for width in arguments.widths]
-    many = [network(64, examples, 0.4) for examples in arguments.examples]
-    fast = [network(64, 500, rate) for rate in arguments.rates]
-    series = dict(
-        parameters=[measure(parameters(p), steps, p) for p in wide],
-        examples=[measure(p.objective.examples, steps, p) for p in many],
-        critical=[measure(None, steps, p) for p in fast],
-    )
-    heading(f"Cost of one step of the flow, in predictions of {steps} steps")
-    cells = []
-    for name, rows in series.items():
-        for row in rows:
-            size = f"{row['size']:.1f}" if name == "critical" else f"{row['size']:,}"
-            cells.append(
-                [
-                    name,
-                    size,
-                    f"{row['critical']:.1f}",
-                    str(row["tried"]),
-                    f"{row['work']:.1f}",
-                    f"{1e3 * row['seconds']:.1f} ms",
-                    f"{1e3 * row['run']:.2f} ms",
-                ]
-            )
+def report(series: dict[str, list[dict]]) -> None:
+    heading("Cost of one step of the flow")
+    cells = [
+        [
+            name,
+            f"{row['size']:,.3g}" if name == "critical" else f"{row['size']:,}",
+            f"{row['critical']:.1f}",
+            str(row["tried"]),
+            f"{row['work']:.0f}",
+            f"{1e3 * row['seconds']:.3g} ms",
+            f"{1e3 * row['run']:.3g} ms",
+        ]
+        for name, rows in series.items()
+        for row in rows
+    ]
     table(
         [
             "varied",
@@ -143,18 +190,51 @@ def main() -> None:
         cells,
     )
     print()
+    fits = []
     for name, rows in series.items():
-        print(
-            f"{name}: wall time per step of the flow ~ size^"
-            f"{exponent(rows, 'seconds'):.2f}, optimizer step ~ size^"
-            f"{exponent(rows, 'run'):.2f}, gradient-equivalents ~ size^"
-            f"{exponent(rows, 'work'):.2f}. {LIMITS[name]}"
+        fit = lambda key, rows=rows: (
+            f"{exponent(rows, key):.2f} ({exponent(rows[-2:], key):.2f})"
         )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    names = ("parameters", "examples", "critical eigenvalues (mean)")
-    draw(dict(zip(names, series.values(), strict=True))).savefig(
-        arguments.output, dpi=150
+        fits.append([name, *map(fit, ("seconds", "work", "run")), EXPECTED[name][0]])
+    table(
+        [
+            "exponent in (at the end)",
+            "wall time per step",
+            "gradient-equivalents",
+            "optimizer step",
+            "expected of the first two",
+        ],
+        fits,
     )
+    print()
+    for name in series:
+        print(f"- {name}: {EXPECTED[name][1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("series", nargs="*", default=list(EXPECTED))
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 280, 970, 3120])
+    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 10, 100, 1000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 4, 6])
+    parser.add_argument("--output", type=Path, default=Path("out/scaling.png"))
+    arguments = parser.parse_args()
+    store = arguments.output.with_suffix(".json")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(store.read_text()) if store.exists() else {}
+    measured = dict(
+        parameters=lambda: parameters_series(arguments.widths),
+        examples=lambda: examples_series(arguments.repeats),
+        critical=lambda: critical_series(arguments.counts),
+    )
+    for name in arguments.series:
+        found[name] = measured[name]()
+        store.write_text(json.dumps(found, indent=1))
+    series = {name: found[name] for name in EXPECTED if name in found}
+    report(series)
+    draw(series).savefig(arguments.output, dpi=150)
 
 
 if __name__ == "__main__":

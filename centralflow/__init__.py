@@ -8,6 +8,8 @@ from .compare import compare as compare
 from .compare import time_average as time_average
 from .flows import AbstractFlow as AbstractFlow
 from .flows import CentralFlow as CentralFlow
+from .flows import EdgeFlow as EdgeFlow
+from .flows import RodFlow as RodFlow
 from .flows import StableFlow as StableFlow
 from .measure import Sharpness as Sharpness
 from .measure import midpoints as midpoints
@@ -15,7 +17,11 @@ from .measure import sharpness as sharpness
 from .objective import FlatObjective as FlatObjective
 from .objective import Objective as Objective
 from .optimizers import AbstractOptimizer as AbstractOptimizer
+from .optimizers import Adam as Adam
 from .optimizers import GradientDescent as GradientDescent
+from .optimizers import HeavyBall as HeavyBall
+from .optimizers import NAdam as NAdam
+from .optimizers import Nesterov as Nesterov
 from .optimizers import RMSProp as RMSProp
 from .optimizers import ScalarRMSProp as ScalarRMSProp
 from .predict import predict as predict

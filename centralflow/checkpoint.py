@@ -69,6 +69,12 @@ class Checkpoint:
                     f"`checkpoint` is {os.fspath(path)!r}, but under `jax.jit` and "
                     "`jax.vmap` no file can be written: leave it out."
                 )
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"`checkpoint` is {os.fspath(path)!r}, but checkpoints of runs on "
+                    "several processes are not supported: leave it out, and save the "
+                    "trajectory at the end."
+                )
             path = check_folder("checkpoint", path)
         self.path, self.every = path, every
         self.settings = {} if path is None else settings()

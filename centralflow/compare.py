@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from .trajectory import Trajectory
+from .checks import require_integer
+from .sharding import on_host
+from .trajectory import Trajectory, check_comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +100,17 @@ def compare(
 
     **Raises:**
 
-    `ValueError` if the two have less than three steps in common, different numbers of
-    parameters, or recorded coordinates.
+    `ValueError` if one is a batch, if the two have less than three steps in common,
+    different numbers of parameters, or recorded coordinates, or if the run was not
+    reported at whole steps.
     """
-    for name, trajectory in (("run", run), ("prediction", prediction)):
-        if not isinstance(trajectory, Trajectory):
-            raise ValueError(f"`{name}` must be a Trajectory, got {trajectory!r}.")
-    if run.weights.shape[1] != prediction.weights.shape[1]:
-        raise ValueError(
-            f"`run` has {run.weights.shape[1]} parameters and `prediction` "
-            f"{prediction.weights.shape[1]}: they belong to different models."
-        )
+    check_comparable(run=run, prediction=prediction)
     times = np.asarray(run.times, float)
+    if np.any(times != np.round(times)):
+        raise ValueError(
+            "`run` must be reported at whole steps, as `train` does it, got times "
+            f"{times[0]:g}, {times[1]:g}, ..., {times[-1]:g}."
+        )
     low, high = float(prediction.times[0]), float(prediction.times[-1])
     common = (times >= low) & (times <= high)
     steps = int(common.sum()) - 1
@@ -119,8 +120,7 @@ def compare(
             f"{low:g} to {high:g}: they have fewer than three steps in common."
         )
     window = default_window(steps) if window is None else window
-    if not isinstance(window, int | np.integer) or window < 1:
-        raise ValueError(f"`window` must be a positive integer, got {window!r}.")
+    require_integer("window", window)
     asked = [x.coordinates for x in (run, prediction)]
     if all(np.size(x) and x is not None for x in asked) and not np.array_equal(*asked):
         raise ValueError(
@@ -205,8 +205,19 @@ def time_average(
     **Returns:**
 
     `[T]`.
+
+    **Raises:**
+
+    `ValueError` for arguments that make no sense.
     """
-    values = np.asarray(values, float)
+    require_integer("window", window)
+    message = "`values` must be a series of numbers [T], got "
+    try:
+        values = np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{message}{values!r}.") from error
+    if values.ndim != 1:
+        raise ValueError(f"{message}an array of shape {values.shape}.")
     T, full = values.size, min(window // 2, (values.size - 1) // 2)
     average = values.copy()
     for h in range(1, full + 1):
@@ -266,7 +277,7 @@ def _weight_distance(run: Trajectory, prediction: Trajectory) -> float:
     if float(run.weight_times[-1]) != float(prediction.weight_times[-1]):
         return float("nan")
     w0, w1, w = (
-        np.asarray(x, float)
+        on_host(x).astype(float)
         for x in (run.weights[0], run.weights[-1], prediction.weights[-1])
     )
     return _ratio(np.linalg.norm(w1 - w), np.linalg.norm(w1 - w0))

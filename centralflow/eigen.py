@@ -43,7 +43,12 @@ class _State(eqx.Module):
     size: Int[Array, ""]
     ritz: Float[Array, "k m"]  # the Ritz vectors' coefficients in `basis`
     search: Float[Array, "k+1 n"]  # what the basis is to be enlarged by
-    pairs: Eigenpairs
+    # As of an `Eigenpairs`, whose vectors are `ritz` times `basis`.
+    values: Float[Array, "k"]
+    residuals: Float[Array, "k"]
+    products: Int[Array, ""]
+    sweeps: Int[Array, ""]
+    converged: Bool[Array, ""]
     proceed: Bool[Array, ""]
 
 
@@ -111,8 +116,7 @@ def top_eigenpairs(
     Ritz pairs within the span of `start`. Then, in sweeps, the basis is enlarged by the
     residuals of those wanted pairs that have not converged, at one application each
     (and one more while a guard has not converged); all products are stored. When
-    3k + 1 rows are full the basis is restarted from at most 2k. Memory is for about 9k
-    vectors.
+    3k + 1 rows are full the basis is restarted from at most 2k.
 
     **Arguments:**
 
@@ -193,62 +197,75 @@ def top_eigenpairs(
 
         θ, coefficients = _ritz(gram, size, k)
         spanned = row < size
-        vectors = _matmul(coefficients, basis)
-        vector_images = _matmul(coefficients, images)
-        defects = vector_images - jnp.where(spanned, θ, 0)[:, None] * vectors
+        defects = _matmul(coefficients, images)
+        defects = defects - _matmul(
+            jnp.where(spanned, θ, 0)[:, None] * coefficients, basis
+        )
         residuals = jnp.where(spanned, jnp.linalg.norm(defects, axis=1), jnp.inf)
         bound = tolerance * jnp.max(jnp.abs(jnp.where(spanned, θ, 0)))
         is_wanted = (row < wanted) | ((row < count) & spanned & (θ > above))
-        pairs = Eigenpairs(
-            values=jnp.where(spanned, θ, -jnp.inf),
-            vectors=vectors,
-            images=vector_images,
-            residuals=residuals,
-            products=state.pairs.products + rank,
-            sweeps=state.pairs.sweeps + 1,
-            converged=jnp.all((residuals <= bound) | ~is_wanted),
-        )
+        sweeps = state.sweeps + 1
+        converged = jnp.all((residuals <= bound) | ~is_wanted)
 
         # One search direction per wanted pair: fewer at a time converge no faster from
         # a warm start, where each defect is the first-order change of its vector. And
         # one for the guards, the worst of them: with none they go stale and no longer
         # show what is about to be wanted; with all, they cost as much as if wanted.
         missing = size < count  # the start was deficient: fill up by random directions
-        probe = (pairs.sweeps == 0) & (key is not None)
+        probe = (sweeps == 0) & (key is not None)
         large = residuals > bound
         is_guard = spanned & (large | probe) & ~is_wanted & (row < count)
         worst = row == jnp.argmax(jnp.where(is_guard, residuals, -1))
         directions = _unit(jnp.where(spanned[:, None], defects, 0))
         guard = jnp.sum(jnp.where((is_guard & worst)[:, None], directions, 0), axis=0)
-        noise = lax.cond(missing, random, lambda i: jnp.zeros(n, dtype), pairs.sweeps)
+        noise = lax.cond(missing, random, lambda i: jnp.zeros(n, dtype), sweeps)
         wanted_directions = jnp.where((large & is_wanted)[:, None], directions, 0)
         search = jnp.concatenate([wanted_directions, _unit((guard + noise)[None])])
 
         # Restart from the Ritz vectors and from what the previous ones, as of one sweep
         # earlier, add to their span: the third term of conjugate gradients. All is done
         # with the coefficients, so that neither products nor long vectors are needed.
+        # The choice is one of the first 2k rows: both branches of a conditional that
+        # returned the whole basis would have one of their own.
         def restart():
             change = state.ritz - _matmul(
                 _matmul(state.ritz, coefficients.T), coefficients
             )
             change, rank = _orthonormalise(_unit(change), coefficients)
             keep = jnp.concatenate([coefficients, change])
-            pad = ((0, m - 2 * k), (0, 0))
             return (
-                jnp.pad(_matmul(keep, basis), pad),
-                jnp.pad(_matmul(keep, images), pad),
+                _matmul(keep, basis),
+                _matmul(keep, images),
                 jnp.pad(_matmul(_matmul(keep, gram), keep.T), ((0, m - 2 * k),) * 2),
                 k + rank,
                 jnp.eye(k, m, dtype=dtype),
             )
 
-        basis, images, gram, next_size, ritz = lax.cond(
-            size + k + 1 > m, restart, lambda: (basis, images, gram, size, coefficients)
+        first, first_images, gram, next_size, ritz = lax.cond(
+            size + k + 1 > m,
+            restart,
+            lambda: (basis[: 2 * k], images[: 2 * k], gram, size, coefficients),
         )
-        stuck = (pairs.sweeps > 0) & (rank == 0)  # the basis spans everything it can
+        used = (jnp.arange(m) < next_size)[:, None]
+        basis = jnp.where(used, basis.at[: 2 * k].set(first), 0)
+        images = jnp.where(used, images.at[: 2 * k].set(first_images), 0)
+        stuck = (sweeps > 0) & (rank == 0)  # the basis spans everything it can
         finite = jnp.all(jnp.isfinite(θ))
-        proceed = (~pairs.converged | missing | probe) & ~stuck & finite
-        return _State(basis, images, gram, next_size, ritz, search, pairs, proceed)
+        proceed = (~converged | missing | probe) & ~stuck & finite
+        return _State(
+            basis=basis,
+            images=images,
+            gram=gram,
+            size=next_size,
+            ritz=ritz,
+            search=search,
+            values=jnp.where(spanned, θ, -jnp.inf),
+            residuals=residuals,
+            products=state.products + rank,
+            sweeps=sweeps,
+            converged=converged,
+            proceed=proceed,
+        )
 
     chosen = jnp.where((row < count)[:, None], _unit(start), 0)
     if key is not None:
@@ -267,18 +284,22 @@ def top_eigenpairs(
         size=jnp.int32(0),
         ritz=jnp.zeros((k, m), dtype),
         search=jnp.concatenate([chosen, jnp.zeros((1, n), dtype)]),
-        pairs=Eigenpairs(
-            values=jnp.full(k, -jnp.inf, dtype),
-            vectors=jnp.zeros((k, n), dtype),
-            images=jnp.zeros((k, n), dtype),
-            residuals=jnp.full(k, jnp.inf, dtype),
-            products=jnp.int32(0),
-            sweeps=jnp.int32(-1),
-            converged=jnp.bool_(False),
-        ),
+        values=jnp.full(k, -jnp.inf, dtype),
+        residuals=jnp.full(k, jnp.inf, dtype),
+        products=jnp.int32(0),
+        sweeps=jnp.int32(-1),
+        converged=jnp.bool_(False),
         proceed=jnp.bool_(True),
     )
     final = lax.while_loop(
-        lambda state: state.proceed & (state.pairs.sweeps < max_sweeps), sweep, init
+        lambda state: state.proceed & (state.sweeps < max_sweeps), sweep, init
     )
-    return final.pairs
+    return Eigenpairs(
+        values=final.values,
+        vectors=_matmul(final.ritz, final.basis),
+        images=_matmul(final.ritz, final.images),
+        residuals=final.residuals,
+        products=final.products,
+        sweeps=final.sweeps,
+        converged=final.converged,
+    )

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from .sharding import on_host
+
 _FORMATS = dict(
     trajectory="centralflow trajectory 1", checkpoint="centralflow checkpoint 1"
 )
@@ -80,8 +82,8 @@ def read_arrays(
             arrays = dict(file)
         header = json.loads(str(arrays.pop("header")))
         found = header["format"]
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`{name}`: there is no file {shown}.") from error
     except Exception as error:  # files can be wrong in many ways
         raise ValueError(
             f"`{name}`: {shown} is not a {kind} that centralflow {ours} can read, or "
@@ -100,7 +102,7 @@ def by_path(prefix: str, tree: PyTree) -> dict[str, np.ndarray]:
     """The arrays of a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     keystr = jax.tree_util.keystr
-    return {prefix + keystr(key): np.asarray(leaf) for key, leaf in leaves}
+    return {prefix + keystr(key): on_host(leaf) for key, leaf in leaves}
 
 
 def from_paths(

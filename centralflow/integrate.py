@@ -10,20 +10,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
+from .failures import LOSSES, Failure, choose, explain, leading_finite, no_failure, when
 from .flows import AbstractFlow, FlowState
 from .flows.base import FlowSolverState, Work
 from .objective import FlatObjective
 from .optimizers import AbstractOptimizer
 from .results import RESULTS, name_of, result_of
 from .running import Clock, Pace
+from .sharding import is_first_process, on_host
 from .solvers import Pause, PausingController, PausingState
-
-# What the controller says of a stretch that is not the last.
-_PAUSED = RESULTS.max_steps_reached
 
 Rows = dict[str, PyTree[Array | np.ndarray]]  # series, or weights, by `t`
 
@@ -70,10 +69,11 @@ def integrate(
     end: Float[Array, ""],
     times: Float[Array, " T"],
     kept: Float[Array, " S"],
+    max_steps: int | None,
     file: Checkpoint,
     clock: Clock,
     show: bool,
-) -> tuple[Progress, Rows, Rows, RESULTS]:
+) -> tuple[Progress, Rows, Rows, Failure]:
     """Integrate to the end, from where the file is, if there is one.
 
     **Returns:**
@@ -81,13 +81,15 @@ def integrate(
     Where it ended; series at `times` and weights at `kept`, as far as it came; and how.
     """
     start = weights, optimizer_state, solver_state, end
-    series, snapshots, enlarged, result = [], [], 0, _PAUSED
+    series, snapshots, enlarged, paused, failure = [], [], 0, True, no_failure()
     saved = file.read()
     if saved is None:
         now, first = _begin(problem, *start, clock)
     else:
         header, arrays = saved
-        enlarged, result = header["enlarged"], result_of(header["result"])
+        enlarged, paused = header["enlarged"], header["paused"]
+        failure = when(True, result_of(header["result"]), header["failure_value"])
+        failure = failure.at(header["failure_time"])
         clock.add(header)
         for _ in range(enlarged):
             problem = _enlarge(problem)
@@ -99,32 +101,53 @@ def integrate(
         series, snapshots = map(_saved, rest)
 
     def save():
-        header = clock.header() | dict(enlarged=enlarged, result=name_of(result))
+        header = clock.header() | dict(
+            enlarged=enlarged,
+            paused=paused,
+            result=name_of(failure.result),
+            failure_time=float(failure.time),
+            failure_value=float(failure.value),
+        )
         rows = _join([first[0], *series]), _join([first[1], *snapshots])
         file.write(float(now.time), header, dict(now=now, rows=rows))
 
-    runs = lambda: result in (_PAUSED, RESULTS.block_full)
-    pace = Pace()
+    runs = lambda: paused or bool(failure.result == RESULTS.block_full)
+    made = lambda: int(now.accepted + now.rejected)
+    pace, hidden = Pace(), not (show and is_first_process())
     try:
-        with tqdm(total=round(float(end)), disable=not show, desc="predict") as bar:
+        with tqdm(total=round(float(end)), disable=hidden, desc="predict") as bar:
             while runs():
-                if result == RESULTS.block_full:
+                if not paused:
                     # More eigenvalues became critical than the block can hold: go on
                     # with a larger one, whose shapes need a new program.
-                    now, problem, enlarged, result = (
-                        *_enlarged(problem, now, end, clock), enlarged + 1, _PAUSED
-                    )  # fmt: skip
+                    now, problem, enlarged, paused, failure = (
+                        *_enlarged(problem, now, end, clock),
+                        enlarged + 1,
+                        True,
+                        no_failure(),
+                    )
+                left = np.inf if max_steps is None else max_steps - made()
+                if left <= 0:
+                    failure = _out_of_steps(now, max_steps)
+                    paused = False
+                    save()
+                    break
                 step = int(now.controller.steps)
                 pause = Pause(
-                    jnp.int32(step + pace.steps),
+                    jnp.int32(step + min(pace.steps, left)),
                     jnp.asarray(file.stop(float(now.time)), end.dtype),
                     end,
                 )
-                left = _after(times, series), _after(kept, snapshots)
-                part = clock(_integrate, problem, now, *left, pause)
+                rest = _after(times, series), _after(kept, snapshots)
+                part = clock(_integrate, problem, now, *rest, pause)
                 # One assignment, which no interrupt can cut in two.
                 rows_of = series + _saved(part[1]), snapshots + _saved(part[2])
-                now, (series, snapshots), result = part[0], rows_of, part[3]
+                now, (series, snapshots), failure, paused = (
+                    part[0],
+                    rows_of,
+                    part[3],
+                    bool(part[4]),
+                )
                 pace.learn(int(now.controller.steps) - step, clock.last)
                 bar.update(min(round(float(now.time)), bar.total) - bar.n)
                 if file.due(float(now.time)) or not runs():
@@ -134,11 +157,11 @@ def integrate(
             raise
         save()
         if runs():
-            result = RESULTS.interrupted
+            failure = when(True, RESULTS.interrupted).at(now.time)
             last = dict(t=now.time[None], weights=now.y.weights[None])
             snapshots = [*snapshots, last]
     # Not a single step may have been made.
-    return now, _join(series or [first[0]]), _join(snapshots or [first[1]]), result
+    return now, _join(series or [first[0]]), _join(snapshots or [first[1]]), failure
 
 
 def integrate_at_once(
@@ -149,11 +172,19 @@ def integrate_at_once(
     end: Float[Array, ""],
     times: Float[Array, " T"],
     kept: Float[Array, " S"],
-) -> tuple[Progress, Rows, Rows, RESULTS]:
+    max_steps: int | None,
+) -> tuple[Progress, Rows, Rows, Failure]:
     """The same while JAX traces it: without pauses, a file, or a larger block."""
     now, _ = _begin(problem, weights, optimizer_state, solver_state, end, None)
-    never = Pause(jnp.int32(jnp.iinfo(jnp.int32).max), jnp.full_like(end, jnp.inf), end)
-    return _integrate(problem, now, times, kept, never)
+    most = jnp.iinfo(jnp.int32).max if max_steps is None else max_steps
+    limit = Pause(jnp.int32(most), jnp.full_like(end, jnp.inf), end)
+    now, series, snapshots, failure, out = _integrate(problem, now, times, kept, limit)
+    failure = choose(out, _out_of_steps(now, most), failure)
+    return now, series, snapshots, failure
+
+
+def _out_of_steps(now: Progress, max_steps: int) -> Failure:
+    return when(True, RESULTS.max_steps_reached, max_steps).at(now.time)
 
 
 def solver_state_of(problem: Problem, now: Progress) -> FlowSolverState:
@@ -212,10 +243,8 @@ def _enlarged(
 
 @eqx.filter_jit
 def _first(problem: Problem, weights: Array, optimizer_state: PyTree) -> FlowState:
-    # The state of a flow at time t has taken in the gradient at time t.
-    gradient = problem.objective.grad(weights)
-    state = problem.optimizer.update_state(optimizer_state, gradient)
-    return FlowState(weights, state, {})
+    objective, optimizer = problem.objective, problem.optimizer
+    return problem.flow.first(objective, optimizer, weights, optimizer_state)
 
 
 @eqx.filter_jit
@@ -264,12 +293,14 @@ def _integrate(
     times: Float[Array, " T"],
     kept: Float[Array, " S"],
     pause: Pause,
-) -> tuple[Progress, Rows, Rows, RESULTS]:
-    """Integrate until a pause. Rows that were not reached have no finite `t`."""
+) -> tuple[Progress, Rows, Rows, Failure, Bool[Array, ""]]:
+    """Integrate until a pause, if there is one: the last value. Rows that were not
+    reached have no finite `t`."""
     flow, term, t0, t1 = problem.flow, problem.term(), now.time, pause.end
-    # What the discrete optimizer has before it takes in its gradient at t1, the flow
-    # has at t1 - 1. A NaN is a time that never comes.
-    before = jnp.where(t1 - 1 > t0, t1 - 1, jnp.nan)[None]
+    # What the discrete optimizer has before it takes in its gradient at t1, a flow that
+    # takes it in has at t1 - 1. A NaN is a time that never comes.
+    last = t1 - flow.delay
+    before = jnp.where(last > t0, last, jnp.nan)[None]
     observe = lambda t, y, args: dict(t=t, **flow.observe(term, t, y))
     snapshot = lambda t, y, args: dict(t=t, weights=y.weights)
     solution = diffrax.diffeqsolve(
@@ -302,20 +333,12 @@ def _integrate(
     )
     row = lambda name: jax.tree.map(lambda x: x[0], solution.ys[name])
     (time, y), (t_before, before) = row("end"), row("before")
-    result = RESULTS.promote(solution.result)
-    for code, meaning in (
-        (RESULTS.event_occurred, RESULTS.block_full),
-        (RESULTS.nonfinite, RESULTS.diverged),
-    ):
-        result = RESULTS.where(result == code, meaning, result)
-    # A block that fills up in the very last step does no harm.
-    full = (result == RESULTS.block_full) & (time >= t1)
-    result = RESULTS.where(full, RESULTS.successful, result)
+    paused = solution.result == diffrax.RESULTS.max_steps_reached
+    seen = choose(paused, no_failure(), flow.failure(solution))
+    failure = explain(seen, problem.objective, term, now.y, t1, solution)
+    paused = paused & ~failure.failed
     series, snapshots = solution.ys["series"], solution.ys["snapshots"]
     reached = jnp.isfinite(series["t"])
-    bad = jnp.any(reached & ~jnp.isfinite(series["loss"]))
-    bad = bad & ((result == RESULTS.successful) | (result == _PAUSED))
-    result = RESULTS.where(bad, RESULTS.diverged, result)
     # The account is of the whole integration, that of Diffrax of this stretch.
     controller, reports = solution.controller_state, now.reports + jnp.sum(reached)
     account = dataclasses.replace(
@@ -339,23 +362,21 @@ def _integrate(
         earlier=now.earlier,
     )
     new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, now)
-    return new, series, snapshots, result
+    return new, series, snapshots, failure, paused
 
 
 def _after(times: Float[Array, " T"], rows: list[Rows]) -> Float[Array, " T"]:
     """The times that are not among the rows, and as many NaN, which never come: the
     shape is always the same, and with it the program."""
     done = sum(len(x["t"]) for x in rows)
-    return jnp.asarray(np.append(np.asarray(times)[done:], np.full(done, np.nan)))
+    return jnp.asarray(np.append(on_host(times)[done:], np.full(done, np.nan)))
 
 
 def _saved(rows: Rows) -> list[Rows]:
     """The rows that were reached, up to the first that is not finite."""
-    values = np.asarray(rows["loss"] if "loss" in rows else rows["weights"])
-    good = np.isfinite(np.asarray(rows["t"]))
-    good &= np.all(np.isfinite(values), axis=tuple(range(1, values.ndim)))
-    count = int(np.sum(good))
-    return [jax.tree.map(lambda x: np.array(x[:count]), rows)] if count else []
+    names = ("t", *LOSSES) if "loss" in rows else ("t", "weights")
+    count = leading_finite(*(rows[name] for name in names))
+    return [jax.tree.map(lambda x: on_host(x[:count]), rows)] if count else []
 
 
 def _join(parts: list[Rows]) -> Rows:
@@ -382,7 +403,7 @@ def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:
     sharpness = float(y.observables["smooth"]["sharpness"][0])
     critical = float(optimizer.critical_sharpness)
     # An iterate at the edge is a little above it or below.
-    if sharpness > 1.02 * critical:
+    if sharpness > 1.02 * critical and is_first_process():
         warnings.warn(
             f"The sharpness at the start, {sharpness:.4g}, is above the critical "
             f"{critical:.4g}: the optimizer itself is unstable there, and no central "

@@ -77,8 +77,23 @@ def accuracy(model: Callable, batch: Batch) -> Float[Array, ""]:
 
 def _evaluate(model, batch):
     """The outputs and targets, both zero where the mask is, and the mask or `None`."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(
+            "`batch` must be (inputs, targets) or (inputs, targets, mask), got "
+            f"{type(batch).__name__}{length}."
+        )
+    if not callable(model):
+        raise ValueError(f"`model` must be callable, got {type(model).__name__}.")
     inputs, targets, mask = batch if len(batch) == 3 else (*batch, None)
     outputs = jax.vmap(model)(inputs)
+    if not hasattr(outputs, "shape"):
+        raise ValueError(
+            f"`model` must return one array for each example, got "
+            f"{type(outputs).__name__}."
+        )
+    if not hasattr(targets, "shape"):
+        raise ValueError(f"`targets` must be an array, got {type(targets).__name__}.")
     if outputs.shape != targets.shape or outputs.ndim < 2:
         raise ValueError(
             "The model's outputs on the batch and `targets` must have one shape, [N, "

@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from .checks import require_integer, require_positive
 from .eigen import top_eigenpairs
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer, Diagonal
@@ -48,12 +49,13 @@ def midpoints(weights: Float[Array | np.ndarray, "T n"]) -> Float[Array, "S n"]:
 
     `ValueError` if there are fewer than three.
     """
-    weights = jnp.asarray(weights)
+    message = "`weights` must be those of three or more consecutive steps, [T, n], got "
+    try:
+        weights = jnp.asarray(weights)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{message}{weights!r}.") from error
     if weights.ndim != 2 or weights.shape[0] < 3:
-        raise ValueError(
-            "`weights` must be those of three or more consecutive steps, [T, n], got "
-            f"an array of shape {weights.shape}."
-        )
+        raise ValueError(f"{message}an array of shape {weights.shape}.")
     here = weights[1:-1]
     return here + second_difference(weights[:-2], here, weights[2:])
 
@@ -110,10 +112,8 @@ def sharpness(
 
     `ValueError` for arguments that make no sense.
     """
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"`count` must be a positive integer, got {count!r}.")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"`tolerance` must be between 0 and 1, got {tolerance!r}.")
+    require_integer("count", count)
+    require_positive("tolerance", tolerance, 1)
     flat, weights, state = check_start(objective, model, optimizer, 1, optimizer_state)
     if count > weights.size:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The full-batch loss and its derivatives on flattened parameters."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
+
+from .checks import require_integer
+from .sharding import automatic
 
 
 class Objective(eqx.Module):
@@ -26,8 +30,9 @@ class Objective(eqx.Module):
 
     **Raises:**
 
-    `ValueError` if the leaves of `data` have different or zero lengths, or if
-    `microbatch_size` is not positive.
+    `ValueError` if the leaves of `data` are not arrays of numbers or have different or
+    zero lengths, if `loss_fn` takes other arguments, or if `microbatch_size` is not
+    positive.
     """
 
     loss_fn: Callable[..., Any]
@@ -44,13 +49,17 @@ class Objective(eqx.Module):
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` must be callable, got {loss_fn!r}.")
         for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+            name = "data" + jax.tree_util.keystr(path)
             if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-                name = "data" + jax.tree_util.keystr(path)
                 raise ValueError(
                     f"`{name}` must be an array with a leading example axis, got "
                     f"{type(leaf).__name__}: wrap it in `jnp.asarray`."
                 )
-        data = jax.tree.map(jnp.asarray, data)
+            if leaf.dtype.kind in "OSUMm":
+                raise ValueError(
+                    f"`{name}` must hold numbers, got an array of type {leaf.dtype}."
+                )
+        data = automatic(jax.tree.map(jnp.asarray, data))
         lengths = {
             "data" + jax.tree_util.keystr(path): leaf.shape[:1]
             for path, leaf in jax.tree_util.tree_leaves_with_path(data)
@@ -61,15 +70,9 @@ class Objective(eqx.Module):
                 "`data` must hold arrays with one common, non-empty leading example "
                 f"axis, got lengths {shown}."
             )
-        if microbatch_size is not None and (
-            isinstance(microbatch_size, bool)
-            or not isinstance(microbatch_size, int | np.integer)
-            or microbatch_size < 1
-        ):
-            raise ValueError(
-                f"`microbatch_size` must be a positive integer or None, got "
-                f"{microbatch_size!r}."
-            )
+        _check_signature(loss_fn, has_data=bool(lengths))
+        if microbatch_size is not None:
+            require_integer("microbatch_size", microbatch_size)
         self.loss_fn = loss_fn
         self.data = data
         self.microbatch_size = None if microbatch_size is None else int(microbatch_size)
@@ -97,7 +100,7 @@ class Objective(eqx.Module):
 
         `ValueError` if `model` has no floating-point parameters, or complex ones.
         """
-        parameters, static = eqx.partition(model, _is_parameter)
+        parameters, static = eqx.partition(automatic(model), _is_parameter)
         parameters = jax.tree.map(jnp.asarray, parameters)
         leaves = jax.tree.leaves(parameters)
         if sum(leaf.size for leaf in leaves) == 0:
@@ -127,38 +130,61 @@ class FlatObjective(eqx.Module):
 
     def model(self, w: Float[Array, " n"]) -> PyTree:
         """The model that has the parameters `w`."""
-        return eqx.combine(self.unravel(w), self.static)
+        try:
+            parameters = self.unravel(w)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "`w` must be the flat weights of this model, got an array of shape "
+                f"{jnp.shape(w)}: {error}"
+            ) from error
+        return eqx.combine(parameters, self.static)
+
+    def _loss(self, batch: PyTree) -> Callable[[Float[Array, " n"]], Array]:
+        """The loss of a batch, or of no data, as a function of the weights."""
+        batches = () if self.objective.examples is None else (batch,)
+        return lambda w: self.objective.loss_fn(self.model(w), *batches)
+
+    @property
+    def _in_one(self) -> bool:
+        examples, size = self.objective.examples, self.objective.microbatch_size
+        return examples is None or size is None or size >= examples
+
+    def _accumulate(self, add: Callable, zero: PyTree) -> PyTree:
+        """The sum over microbatches of what `add(loss, share, total)` adds to `total`,
+        where `loss(w)` is the loss of one and `share` its share of the examples."""
+        data, examples = self.objective.data, self.objective.examples
+        if self._in_one:
+            return add(self._loss(data), 1.0, zero)
+        size = self.objective.microbatch_size
+        whole, ragged = divmod(examples, size)
+        # Microbatch j has the examples j, j + whole, j + 2 whole, ...: of data sharded
+        # over devices each device then has a share in each microbatch, and no example
+        # has to leave it.
+        head = jax.tree.map(
+            lambda x: x[: whole * size].reshape(size, whole, *x.shape[1:]), data
+        )
+        take = lambda j: jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False), head
+        )
+        on = lambda batch, count, total: add(self._loss(batch), count / examples, total)
+        total = jax.lax.fori_loop(0, whole, lambda j, x: on(take(j), size, x), zero)
+        if ragged:
+            tail = jax.tree.map(lambda x: x[whole * size :], data)
+            total = on(tail, ragged, total)
+        return total
 
     def _mean(self, fn: Callable[[Callable], PyTree]) -> PyTree:
         """The mean over examples of `fn(loss)`, where `loss(w)` is the loss of one
         microbatch and `fn` is linear in it, as every derivative is."""
-        loss_fn, data = self.objective.loss_fn, self.objective.data
-        examples, size = self.objective.examples, self.objective.microbatch_size
-        if examples is None:
-            return fn(lambda w: loss_fn(self.model(w)))
-
-        def on(batch):
-            return fn(lambda w: loss_fn(self.model(w), batch))
-
-        if size is None or size >= examples:
-            return on(data)
-        whole, ragged = divmod(examples, size)
-
-        def add(total, batch):
-            return jax.tree.map(lambda s, x: s + x * size, total, on(batch)), None
-
-        head = jax.tree.map(
-            lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), data
+        on_all = lambda: fn(self._loss(self.objective.data))
+        if self._in_one:
+            return on_all()
+        like = jax.eval_shape(on_all)
+        add = lambda loss, share, total: jax.tree.map(
+            lambda s, x: s + share * x, total, fn(loss)
         )
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(on, jax.tree.map(lambda x: x[0], head)),
-        )
-        total, _ = jax.lax.scan(add, zero, head)
-        if ragged:
-            tail = on(jax.tree.map(lambda x: x[whole * size :], data))
-            total = jax.tree.map(lambda s, x: s + x * ragged, total, tail)
-        return jax.tree.map(lambda s: s / examples, total)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return self._accumulate(add, zero)
 
     def loss(self, w: Float[Array, " n"]) -> Float[Array, ""]:
         """L(w)."""
@@ -187,12 +213,12 @@ class FlatObjective(eqx.Module):
         `vmap`: a batched product is slower on a CPU, and `count` may be dynamic.
         """
 
-        def products(loss):
+        def products(loss, share, total):
             _, hvp = jax.linearize(jax.grad(loss), w)
-            put = lambda i, out: out.at[i].set(hvp(V[i]))
-            return jax.lax.fori_loop(0, count, put, jnp.zeros_like(V))
+            add = lambda i, total: total.at[i].add(share * hvp(V[i]))
+            return jax.lax.fori_loop(0, count, add, total)
 
-        return self._mean(products)
+        return self._accumulate(products, jnp.zeros_like(V))
 
     def preconditioned_hessian(
         self, w: Float[Array, " n"], P: Float[Array, ""] | Float[Array, " n"]
@@ -226,19 +252,22 @@ class FlatObjective(eqx.Module):
         """
         k, n = V.shape
 
-        def derivatives(loss):
+        def derivatives(loss, share, total):
             # Forward over forward over reverse, linearized at w once for each i: the
             # linear map then serves all j <= i.
             def pairs(i, D):
                 hvp = lambda x: jax.jvp(jax.grad(loss), (x,), (V[i],))[1]
                 _, third = jax.linearize(hvp, w)
-                put = lambda j, D: D.at[i * (i + 1) // 2 + j].set(third(V[j]))
-                return jax.lax.fori_loop(0, i + 1, put, D)
+                row = lambda j: i * (i + 1) // 2 + j
+                add = lambda j, D: D.at[row(j)].add(share * third(V[j]))
+                return jax.lax.fori_loop(0, i + 1, add, D)
 
-            D = jnp.zeros((k * (k + 1) // 2, n), V.dtype)
-            return jax.lax.fori_loop(0, count, pairs, D)
+            return jax.lax.fori_loop(0, count, pairs, total)
 
-        return self._mean(derivatives)
+        # A zero that depends on V: compilers make constants long before they are
+        # needed, here before the eigenvectors are computed, and keep them.
+        zero = jnp.broadcast_to(0 * V[0, 0], (k * (k + 1) // 2, n))
+        return self._accumulate(derivatives, zero)
 
     def evaluate(
         self, metrics: dict[str, Callable], w: Float[Array, " n"]
@@ -258,6 +287,23 @@ class FlatObjective(eqx.Module):
         observable = lambda x: fn(self.model(x))
         slope = lambda x: jax.jvp(observable, (x,), (v,))[1]
         return jax.jvp(slope, (w,), (u,))[1]
+
+
+def _check_signature(loss_fn: Callable, has_data: bool) -> None:
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError:  # that of a builtin is not known
+        return
+    arguments = ("model", "batch") if has_data else ("model",)
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        there = "is `data`" if has_data else "are no `data`"
+        raise ValueError(
+            f"`loss_fn` must be callable as `loss_fn({', '.join(arguments)})`, as "
+            f"there {there}; {getattr(loss_fn, '__name__', loss_fn)}{signature} is "
+            f"not: {error}."
+        ) from error
 
 
 def _is_parameter(leaf: Any) -> bool:

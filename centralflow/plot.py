@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .compare import default_window, time_average
-from .trajectory import Trajectory
+from .trajectory import Trajectory, check_comparable, check_single
 
 # M. Okabe and K. Ito's colours, which colour-blind readers can tell apart.
 _RUN, _PREDICTION, _STABLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -38,7 +38,14 @@ def comparison(
     **Returns:**
 
     A `matplotlib.figure.Figure` of four panels; its `savefig` writes it to a file.
+
+    **Raises:**
+
+    `ValueError` if one is no trajectory, a batch, or of a model of another size, or if
+    `window` is not a positive integer.
     """
+    given = {} if stable is None else dict(stable=stable)
+    check_comparable(run, prediction=prediction, **given)
     figure = Figure(figsize=(7.6, 6.0), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     (a, b), (c, d) = figure.subplots(2, 2, sharex=True)
@@ -73,11 +80,14 @@ def loss(*trajectories: Trajectory, labels: Sequence[str] | None = None) -> Figu
 
     **Raises:**
 
-    `ValueError` if there are no trajectories, or more or fewer labels.
+    `ValueError` if there are no trajectories, batches of them, or more or fewer labels.
     """
     if not trajectories:
         raise ValueError("`trajectories` must not be empty.")
-    if labels is not None and len(labels) != len(trajectories):
+    for i, trajectory in enumerate(trajectories):
+        check_single(f"trajectories[{i}]", trajectory)
+    named = isinstance(labels, Sequence) and len(labels) == len(trajectories)
+    if labels is not None and not named:
         raise ValueError(
             f"`labels` must name all {len(trajectories)} trajectories, got {labels!r}."
         )

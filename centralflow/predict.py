@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .checkpoint import Checkpoint, settings_of
+from .checks import require_integer, require_positive
 from .flows import AbstractFlow, CentralFlow
 from .flows.base import FlowSolverState
 from .integrate import Problem, integrate, integrate_at_once, solver_state_of
-from .objective import Objective, is_traced
+from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .running import (
     Clock,
@@ -24,6 +25,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import sharded_like
 from .trajectory import Trajectory, finish
 
 
@@ -42,6 +44,7 @@ def predict(
     weight_times: Iterable[Any] | None = None,
     rtol: float | None = None,
     progress: bool | None = None,
+    max_steps: int | None = None,
     throw: bool = True,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
@@ -53,7 +56,8 @@ def predict(
     - `objective`, `model`, `optimizer`, `steps`, `optimizer_state`: as of
         [`centralflow.train`][].
     - `flow`: what to integrate: [`centralflow.CentralFlow`][], the default, or
-        [`centralflow.StableFlow`][].
+        [`centralflow.StableFlow`][], [`centralflow.RodFlow`][],
+        [`centralflow.EdgeFlow`][].
     - `solver_state`: that of an earlier prediction with the same objective, optimizer
         and flow, to go on from where it ended instead of from `model` and
         `optimizer_state`. Times and `steps` are counted from there.
@@ -66,6 +70,9 @@ def predict(
     - `weight_times`: times at which to keep the weights, besides 0 and `steps`.
     - `rtol`: the relative tolerance of flows with an adaptive step size.
     - `progress`: show a progress bar; by default if the session is interactive.
+    - `max_steps`: the most steps of the flow, rejected ones too, after which the
+        prediction ends with `max_steps_reached`. By default as many as it takes: each
+        step has a least length, and there are but a few rejected ones to each.
     - `throw`: raise [`centralflow.NumericalFailure`][] if the integration fails.
         Otherwise the trajectory up to there is returned, and its `result` says so.
     - `checkpoint`, `checkpoint_every`: as of [`centralflow.train`][]. The file is
@@ -90,8 +97,10 @@ def predict(
         raise ValueError(
             f"`flow` must be a flow such as `CentralFlow()`, got {flow!r}."
         )
-    if rtol is not None and not 0 < rtol < 1:
-        raise ValueError(f"`rtol` must be between 0 and 1, got {rtol!r}.")
+    if rtol is not None:
+        require_positive("rtol", rtol, 1)
+    if max_steps is not None:
+        require_integer("max_steps", max_steps)
     flat, weights, optimizer_state = check_start(
         objective, model, optimizer, steps, optimizer_state
     )
@@ -105,6 +114,7 @@ def predict(
     traced = is_traced((flat, weights, optimizer, optimizer_state))
     if solver_state is not None:
         _check_solver_state(solver_state, weights, optimizer_state)
+        _check_observables(solver_state, flat, weights, metrics, coordinates)
     file = Checkpoint(
         checkpoint,
         checkpoint_every,
@@ -123,6 +133,7 @@ def predict(
             times=times,
             weight_times=kept,
             rtol=rtol,
+            max_steps=max_steps,
         ),
     )
     as_times = lambda x: jnp.asarray(x, weights.dtype)
@@ -139,18 +150,18 @@ def predict(
         Clock(),
     )
     if traced:
-        now, series, snapshots, result = integrate_at_once(
-            problem, *start, end, *reported
+        now, series, snapshots, failure = integrate_at_once(
+            problem, *start, end, *reported, max_steps
         )
     else:
         show = show_progress(progress)
-        now, series, snapshots, result = integrate(
-            problem, *start, end, *reported, file, clock, show
+        now, series, snapshots, failure = integrate(
+            problem, *start, end, *reported, max_steps, file, clock, show
         )
     series = jax.tree.map(lambda x: x[: times.size], series)
     series_times = series.pop("t")
     work = now.earlier + now.work
-    if not traced:
+    if not traced and not failure.failed:
         warn_if_unconverged(work.unconverged)
     unknown = jnp.full((series_times.size, 1), jnp.nan, weights.dtype)
     trajectory = Trajectory(
@@ -164,18 +175,20 @@ def predict(
         metrics=series["metrics"],
         weight_times=snapshots["t"],
         weights=snapshots["weights"],
-        model=flat.model(now.y.weights),
+        model=sharded_like(flat.model(now.y.weights), model),
         optimizer_state=jax.tree.map(
-            lambda before, here: jnp.where(now.time >= end, before, here),
+            lambda before, here: jnp.where(failure.failed, here, before),
             now.before,
             now.y.optimizer_state,
         ),
         critical_sharpness=optimizer.critical_sharpness,
-        result=result,
+        result=failure.result,
         coordinates=coordinates,
         gradient_sq=series.get("gradient_sq"),
         step_sizes=series.get("step_sizes"),
         trace_covariance=series.get("trace_covariance"),
+        failure_time=failure.time,
+        failure_value=failure.value,
         solver_state=solver_state_of(problem, now),
         stats=dict(
             gradients=_whole(work.gradients) + 1,  # for the optimizer's initial state
@@ -189,7 +202,7 @@ def predict(
             compile_seconds=clock.compile_seconds,
         ),
     )
-    return trajectory if traced else finish(trajectory, throw)
+    return trajectory if traced else finish(trajectory, optimizer, throw)
 
 
 def _whole(count: Float[Array, ""]) -> Int[Array, ""]:
@@ -213,4 +226,27 @@ def _check_solver_state(
         raise ValueError(
             "`solver_state` does not belong to this model and optimizer: it has "
             f"weights and optimizer state of shapes {found}, not {wanted}."
+        )
+
+
+def _check_observables(
+    solver_state: FlowSolverState,
+    flat: FlatObjective,
+    weights: Array,
+    metrics: dict[str, Callable],
+    coordinates: Array,
+) -> None:
+    if not solver_state.y.observables:
+        return
+    shapes = lambda tree: {k: x.shape for k, x in tree.items()}
+    known = solver_state.y.observables["smooth"]
+    found = shapes(known["metrics"]), known["gradient_sq"].shape
+    wanted = (
+        shapes(eqx.filter_eval_shape(flat.evaluate, metrics, weights)),
+        coordinates.shape,
+    )
+    if found != wanted:
+        raise ValueError(
+            "`solver_state` must be that of a prediction with the same `metrics` and "
+            f"as many `coordinates`: it has {found}, not {wanted}."
         )

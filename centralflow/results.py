@@ -8,6 +8,22 @@ class RESULTS(diffrax.RESULTS):
     `diffrax.RESULTS`, and these."""
 
     diverged = "The run diverged: the loss or the weights are no longer finite."
+    nonfinite_loss = "The loss is not a number, though it had not grown."
+    nonfinite_gradient = "The gradient is not finite, where the loss is."
+    nonfinite_hessian = (
+        "A product of the Hessian and a vector is not finite, where the loss and its "
+        "gradient are."
+    )
+    nonfinite_third_derivative = (
+        "A third derivative of the loss is not finite, where the first and second are."
+    )
+    eigensolver_failed = (
+        "The residuals of the top eigenvectors of the Hessian are so large that its "
+        "top eigenvalues are not known."
+    )
+    sdcp_failed = (
+        "No oscillation was found that holds the sharpness at its critical value."
+    )
     block_full = (
         "More eigenvalues became critical than the flow's block of eigenvectors can "
         "hold. Increase `block_size`."
@@ -15,15 +31,22 @@ class RESULTS(diffrax.RESULTS):
     interrupted = "The run was interrupted from the keyboard."
 
 
-# In a file, results have names: their numbers differ between versions of Diffrax.
+# Those with which a run or a prediction can end. In a file they have names: their
+# numbers differ between versions of Diffrax.
 _NAMES = (
     "successful",
     "diverged",
+    "nonfinite_loss",
+    "nonfinite_gradient",
+    "nonfinite_hessian",
+    "nonfinite_third_derivative",
+    "eigensolver_failed",
+    "sdcp_failed",
     "block_full",
     "interrupted",
-    "max_steps_reached",
     "dt_min_reached",
-    "nonfinite",
+    "max_steps_reached",
+    "internal_error",
 )
 
 

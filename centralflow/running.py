@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import require_integer
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
+from .sharding import automatic, is_first_process, on_host
 
 _CHUNK_SECONDS = 0.5
 
@@ -38,15 +40,15 @@ def check_start(
             "`optimizer` must be a `centralflow.AbstractOptimizer` such as "
             f"`GradientDescent(0.1)`, got {type(optimizer).__name__}."
         )
-    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
-    if not whole or steps < 1:
-        raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+    require_integer("steps", steps)
     weights, flat = objective.flatten(model)
-    loss = eqx.filter_eval_shape(flat.loss, weights)
+    optimizer_state = automatic(optimizer_state)
+    at_once = Objective(objective.loss_fn, objective.data)
+    loss = eqx.filter_eval_shape(at_once.flatten(model)[1].loss, weights)
     if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
         raise ValueError(
-            "`loss_fn` must return a scalar, the mean over the examples of the batch; "
-            f"it returned {jax.tree.map(lambda x: x.shape, loss)}."
+            "`loss_fn` must return a scalar array, the mean over the examples of the "
+            f"batch; it returned {_arrays(loss)}."
         )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"`loss_fn` must return a real number, got {loss.dtype}.")
@@ -67,16 +69,28 @@ def check_start(
         )
     traced = is_traced((objective, weights, optimizer, optimizer_state))
     first = 0 if traced else optimizer.updates(optimizer_state)
+    if not first >= 0:
+        raise ValueError(
+            f"`optimizer_state` is that of {float(first):g} updates; there must be "
+            "none or more."
+        )
     check_schedule(optimizer.learning_rate, first, int(steps))
+    P = eqx.filter_eval_shape(optimizer.preconditioner, like)
+    if getattr(P, "shape", None) not in ((), weights.shape):
+        raise ValueError(
+            "`optimizer` must have a `preconditioner` that is a scalar array or one of "
+            f"the weights' shape {weights.shape}; it returned {_arrays(P)}."
+        )
     if not traced:
-        _check_values(*probe(flat, weights, optimizer, optimizer_state))
+        values = probe(flat, weights, optimizer, optimizer_state)
+        _check_values(*map(on_host, values))
     return flat, weights, optimizer_state
 
 
-def _check_values(loss: Array, gradient: Array, P: Array) -> None:
+def _check_values(loss: np.ndarray, gradient: np.ndarray, P: np.ndarray) -> None:
     """Raise unless loss, gradient and preconditioner are those of a possible step."""
     for name, value in (("", loss), ("'s gradient", gradient)):
-        bad = np.asarray(value)[~np.isfinite(value)]
+        bad = value[~np.isfinite(value)]
         if bad.size:
             raise ValueError(
                 f"`loss_fn`{name} is {bad.flat[0]} at the initial `model`: it must be "
@@ -167,28 +181,32 @@ def check_metrics(
             )
         try:
             value = eqx.filter_eval_shape(objective.evaluate, {name: fn}, weights)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # any that a user's function can raise
             raise ValueError(
                 f"`metrics`: {name!r} must be a function of the model that returns one "
-                f"number or array; calling it failed with: {error}"
+                f"number or array; calling it failed with: {type(error).__name__}: "
+                f"{error}"
             ) from error
-        if not jnp.issubdtype(value[name].dtype, jnp.number):
+        kinds = jnp.floating, jnp.integer
+        if not any(jnp.issubdtype(value[name].dtype, kind) for kind in kinds):
             raise ValueError(
-                f"`metrics`: {name!r} must return numbers, got {value[name].dtype}."
+                f"`metrics`: {name!r} must return real numbers, got "
+                f"{value[name].dtype}."
             )
     return metrics
 
 
 def show_progress(progress: bool | None) -> bool:
-    """By default progress is shown where somebody may be looking at it."""
-    if progress is None:
+    """By default progress is shown where somebody may be looking at it. It changes the
+    programs that are run, and those of several processes must be the same."""
+    if progress is None and jax.process_count() == 1:
         return sys.stderr.isatty() or "ipykernel" in sys.modules
-    return progress
+    return bool(progress)
 
 
 def warn_if_unconverged(count: Any) -> None:
     """Say that an inner solver stopped short of its tolerance."""
-    if int(count):
+    if int(count) and is_first_process():
         warnings.warn(
             "An eigensolver or a complementarity problem did not converge "
             f"{int(count)} times (`stats['unconverged']`): the eigenvalues may be "
@@ -235,10 +253,13 @@ class Pace:
     a second, for that is how long an interrupt may have to wait."""
 
     def __init__(self):
-        self.steps = 1
+        # Several processes must all run the same programs.
+        self.steps = 1 if jax.process_count() == 1 else 2**30
 
     def learn(self, steps: int, seconds: float) -> None:
         """So many steps took so long."""
+        if jax.process_count() > 1:
+            return
         count = steps * _CHUNK_SECONDS / max(seconds, 1e-6)
         self.steps = int(np.clip(count, 1, 16 * self.steps))
 

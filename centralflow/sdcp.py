@@ -299,6 +299,10 @@ def solve_sdcp(
     A [`centralflow.sdcp.SDCPSolution`][]. Failure, as for a problem without solution,
     is `converged=False`, with a finite `X`.
 
+    **Raises:**
+
+    `ValueError` if shapes do not fit.
+
     ??? cite "References"
 
         Newton's method, its convergence, and the interior-point direction:
@@ -326,11 +330,21 @@ def solve_sdcp(
         }
         ```
     """
-    k, eps = A.shape[0], float(jnp.finfo(A.dtype).eps)
-    if rtol is None:
-        rtol = eps**0.5
-    if mask is None:
-        mask = jnp.ones(k, bool)
+    k = A.shape[0]
+    mask = jnp.ones(k, bool) if mask is None else mask
+    if A.shape != (k, k) or k == 0 or not jnp.issubdtype(A.dtype, jnp.floating):
+        raise ValueError(
+            "`A` must be a symmetric floating-point matrix [k, k], got "
+            f"{A.dtype} of shape {A.shape}."
+        )
+    for name, array, shape in (("B", B, (k,) * 4), ("mask", mask, (k,))):
+        if array.shape != shape:
+            raise ValueError(
+                f"`{name}` must have the shape {shape} as `A` is {k} x {k}, got "
+                f"{array.shape}."
+            )
+    eps = float(jnp.finfo(A.dtype).eps)
+    rtol = eps**0.5 if rtol is None else rtol
     used = mask[:, None] & mask
     rows, cols, weight = _basis(k, A.dtype)
     A = jnp.where(used, A, 0)

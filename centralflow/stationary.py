@@ -5,9 +5,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .checks import require_integer, require_positive
 from .measure import GUARDS, eigenpairs
 from .objective import FlatObjective, Objective
 from .optimizers import AbstractOptimizer, Diagonal
@@ -116,11 +116,9 @@ def stationary_preconditioner(
         }
         ```
     """
-    for name, value in (("rank", rank), ("max_iterations", max_iterations)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"`tolerance` must be between 0 and 1, got {tolerance!r}.")
+    require_integer("rank", rank)
+    require_integer("max_iterations", max_iterations)
+    require_positive("tolerance", tolerance, 1)
     flat, weights, state = check_start(objective, model, optimizer, 1, optimizer_state)
     return _solve(
         flat, weights, optimizer, state, min(rank, weights.size), tolerance,

@@ -13,6 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint, settings_of
+from .checks import require_integer
+from .failures import (
+    Failure,
+    choose,
+    eigen_failure,
+    first_of,
+    no_failure,
+    or_divergence,
+    or_nothing,
+    slope_failure,
+    when,
+)
 from .measure import GUARDS, eigenpairs, second_difference
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
@@ -27,6 +39,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
+from .sharding import is_first_process, sharded_like
 from .trajectory import Trajectory, finish
 
 _RESIDUAL = 1e-2  # over the largest eigenvalue
@@ -67,8 +80,9 @@ def train(
         record the squared gradient and the step size 1/P at every step.
     - `weight_times`: integer times at which to keep the weights, besides 0 and `steps`.
     - `progress`: show a progress bar; by default if the session is interactive.
-    - `throw`: raise [`centralflow.NumericalFailure`][] if the run diverges. Otherwise
-        the trajectory up to there is returned, and its `result` says so.
+    - `throw`: raise [`centralflow.NumericalFailure`][] if the run fails, for having
+        diverged or because a measurement is not finite. Otherwise the trajectory up to
+        there is returned, and its `result` says so.
     - `checkpoint`: the path of a file from which the same call goes on if the process
         that made it has ended, to the same numbers. A finished run is read from it. The
         file is replaced as a whole, and refused if it is that of another run.
@@ -91,13 +105,9 @@ def train(
     )
     metrics = check_metrics(metrics, flat, weights)
     coordinates = jnp.asarray(check_coordinates(coordinates, weights.size))
-    for name, value in (("every", sharpness_every), ("count", sharpness_count)):
-        if value is None and name == "every":
-            continue
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(
-                f"`sharpness_{name}` must be a positive integer, got {value!r}."
-            )
+    require_integer("sharpness_count", sharpness_count)
+    if sharpness_every is not None:
+        require_integer("sharpness_every", sharpness_every)
     kept = (
         [] if weight_times is None else check_times("weight_times", weight_times, steps)
     )
@@ -145,8 +155,8 @@ def train(
         state, interrupted = _run(settings, state, kept, file, clock, show)
 
     end, kept_end = steps + 1, kept.size
-    if not traced and (state.diverged or interrupted):
-        end = int(state.step)
+    if not traced and (state.failure.failed or interrupted):
+        end = max(int(state.step), 1)
         kept_end = int(np.sum(np.asarray(kept) < end))
     kept, kept_weights = kept[:kept_end], state.kept[:kept_end]
     if interrupted and kept[-1] != end - 1:
@@ -155,15 +165,15 @@ def train(
     series = jax.tree.map(lambda x: x[:end], state.series)
     dtype = series["loss"].dtype
     last = jax.tree.map(
-        lambda a, b: jnp.where(state.diverged | interrupted, a, b),
+        lambda a, b: jnp.where(state.broken | interrupted, a, b),
         (state.previous, state.previous_state),
         (state.weights, state.optimizer_state),
     )
-    result = RESULTS.where(state.diverged, RESULTS.diverged, RESULTS.successful)
-    if interrupted:
-        result = RESULTS.interrupted
-    if not traced:
+    if not traced and not state.failure.failed:
         warn_if_unconverged(state.unconverged)
+    losses = state.series["loss"]
+    failure = or_divergence(state.failure, losses[0], losses[state.step - 1])
+    failure = or_nothing(failure)
     trajectory = Trajectory(
         times=jnp.arange(end, dtype=dtype),
         loss=series["loss"],
@@ -175,26 +185,28 @@ def train(
         metrics=series["metrics"],
         weight_times=kept.astype(dtype),
         weights=kept_weights,
-        model=flat.model(last[0]),
+        model=sharded_like(flat.model(last[0]), model),
         optimizer_state=last[1],
         critical_sharpness=optimizer.critical_sharpness,
-        result=result,
+        result=RESULTS.interrupted if interrupted else failure.result,
         coordinates=coordinates,
         gradient_sq=series["gradient_sq"],
         step_sizes=series["step_sizes"],
         trace_covariance=series["trace_covariance"],
+        failure_time=failure.time,
+        failure_value=failure.value,
         stats=dict(
-            gradients=state.step + state.diverged,
+            gradients=state.step + state.broken,
             hvps=state.hvps,
             third_derivatives=0,
             unconverged=state.unconverged,
-            accepted_steps=state.step - ~state.diverged,
+            accepted_steps=state.step - ~state.broken,
             rejected_steps=0,
             seconds=clock.seconds,
             compile_seconds=clock.compile_seconds,
         ),
     )
-    return trajectory if traced else finish(trajectory, throw)
+    return trajectory if traced else finish(trajectory, optimizer, throw)
 
 
 class _Settings(eqx.Module):
@@ -215,7 +227,8 @@ class _State(eqx.Module):
     previous_state: PyTree
     series: dict[str, PyTree[Array]]  # a row for each step
     kept: Float[Array, "S n"]
-    diverged: Bool[Array, ""]
+    failure: Failure
+    broken: Bool[Array, ""]  # whether it failed in the loss, and not in a measurement
     # The measurements, a row for each, and what they go on from.
     sharpness: Float[Array, "M K"]
     oscillation: Float[Array, "M K"]
@@ -242,10 +255,11 @@ def _run(
         header, arrays = saved
         state = file.restore("state", state, arrays)
         clock.add(header)
-    runs = lambda state: int(state.step) < end and not bool(state.diverged)
+    runs = lambda state: int(state.step) < end and not bool(state.failure.failed)
     save = lambda step: file.write(step, clock.header(), dict(state=state))
     try:
-        with tqdm(total=settings.steps, disable=not show, desc="train") as bar:
+        hidden = not (show and is_first_process())
+        with tqdm(total=settings.steps, disable=hidden, desc="train") as bar:
             while runs(state):
                 step = int(state.step)
                 stop = int(min(step + pace.steps, file.stop(step), end))
@@ -291,7 +305,8 @@ def _init(
         previous_state=optimizer_state,
         series=series,
         kept=jnp.zeros((kept, n), dtype),
-        diverged=jnp.array(False),
+        failure=no_failure(),
+        broken=jnp.array(False),
         sharpness=none,
         oscillation=none,
         eigenvectors=jr.normal(jr.key(0), (k, n), dtype),
@@ -305,9 +320,9 @@ def _init(
 def _advance(
     settings: _Settings, state: _State, kept: Int[Array, " S"], stop: Int[Array, ""]
 ) -> _State:
-    """Step until `stop` rows are recorded, or a loss is not finite."""
+    """Step until `stop` rows are recorded, or the run fails."""
     return jax.lax.while_loop(
-        lambda state: (state.step < stop) & ~state.diverged,
+        lambda state: (state.step < stop) & ~state.failure.failed,
         lambda state: _step(settings, state, kept),
         state,
     )
@@ -329,7 +344,10 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
         metrics=s.flat.evaluate(s.metrics, w),
     )
     series = jax.tree.map(lambda x, row: x.at[t].set(row), state.series, record)
-    diverged = ~(jnp.isfinite(loss) & jnp.isfinite(record["grad_norm_sq"]))
+    failure = slope_failure(w, loss, gradient)
+    norm = record["grad_norm_sq"]
+    failure = first_of(failure, when(~jnp.isfinite(norm), RESULTS.diverged, norm))
+    broken = failure.failed
 
     if s.every is not None:
         a = state.eigenvectors @ (P * -curve)
@@ -337,28 +355,29 @@ def _step(settings: _Settings, state: _State, kept: Int[Array, " S"]) -> _State:
             lambda x: x.covariance, state, state.covariance + jnp.outer(a, a)
         )
         state = jax.lax.cond(
-            (t % s.every == 0) & ~diverged,
+            (t % s.every == 0) & ~broken,
             lambda state: _measure(s, state, w + curve, P),
             lambda state: state,
             state,
         )
+        failure = first_of(failure, state.failure)
 
-    # The last iterate is recorded and not left; a run that diverged keeps its last
-    # finite one as the previous.
-    moves = (t < s.steps) & ~diverged
-    choose = lambda p, a, b: jax.tree.map(lambda a, b: jnp.where(p, a, b), a, b)
+    # The last iterate is recorded and not left, and so is one that could not be
+    # measured; a run whose loss broke off keeps its last finite one as the previous.
+    moves = (t < s.steps) & ~failure.failed
     here, before = (w, state.optimizer_state), (state.previous, state.previous_state)
     weights, optimizer_state = choose(moves, (new_w, new_s), here)
-    previous, previous_state = choose(diverged, before, here)
+    previous, previous_state = choose(broken, before, here)
     return _State(
-        step=t + (~diverged).astype(jnp.int32),
+        step=t + (~broken).astype(jnp.int32),
         weights=weights,
         optimizer_state=optimizer_state,
         previous=previous,
         previous_state=previous_state,
         series=series,
         kept=jnp.where((kept == t)[:, None], w, state.kept),
-        diverged=diverged,
+        failure=failure.at(t),
+        broken=broken,
         sharpness=state.sharpness,
         oscillation=state.oscillation,
         eigenvectors=state.eigenvectors,
@@ -378,7 +397,14 @@ def _measure(
     pairs = eigenpairs(s.flat, midpoint, P, state.eigenvectors, s.count, _RESIDUAL, key)
     row = state.step // s.every
     variances = jnp.linalg.eigvalsh(state.covariance)[::-1] / s.every
-    first = lambda x: jnp.full(s.count, jnp.nan, x.dtype).at[:k].set(x[: s.count])
+    rows = lambda x: jnp.full(s.count, jnp.nan, x.dtype).at[:k].set(x[: s.count])
+    failure = eigen_failure(
+        pairs.values,
+        pairs.residuals,
+        jnp.arange(k) < s.count,
+        s.optimizer.critical_sharpness,
+        0.0,
+    )
     return eqx.tree_at(
         lambda x: (
             x.sharpness,
@@ -387,17 +413,19 @@ def _measure(
             x.covariance,
             x.hvps,
             x.unconverged,
+            x.failure,
         ),
         state,
         (
-            state.sharpness.at[row].set(first(pairs.values)),
+            state.sharpness.at[row].set(rows(pairs.values)),
             state.oscillation.at[row].set(
-                jnp.where(row == 0, jnp.nan, first(variances))
+                jnp.where(row == 0, jnp.nan, rows(variances))
             ),
             pairs.vectors,
             jnp.zeros_like(state.covariance),
             state.hvps + pairs.products,
             state.unconverged + ~pairs.converged,
+            failure,
         ),
     )
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import as_path
 from .files import by_path, check_folder, read_arrays, write_arrays
+from .messages import describe, message
 from .results import RESULTS, name_of, result_of
+from .sharding import is_first_process, on_host
 
 _SERIES = (
     "times",
@@ -24,7 +27,14 @@ _SERIES = (
     "weight_times",
     "weights",
 )
-_ADDITIONAL = ("coordinates", "gradient_sq", "step_sizes", "trace_covariance")
+_ADDITIONAL = (
+    "coordinates",
+    "gradient_sq",
+    "step_sizes",
+    "trace_covariance",
+    "failure_time",
+    "failure_value",
+)
 
 
 class Trajectory(eqx.Module):
@@ -64,6 +74,9 @@ class Trajectory(eqx.Module):
         Sigma, in the Euclidean inner product. Of a discrete run, the squared distance
         of the iterate from the second-order midpoint, whose time-average it is; NaN at
         the first step. Each of these four is `None` in trajectories that lack it.
+    - `failure_time`, `failure_value`: of a run that failed, the time at which it did,
+        and the number that shows it: the loss, the largest entry of what is not finite,
+        the residual, and so on. NaN if it did not.
     - `solver_state`: of a flow, what `predict` needs to go on as if it had not
         stopped. It is not saved.
     """
@@ -87,6 +100,8 @@ class Trajectory(eqx.Module):
     gradient_sq: Float[Array, "T C"] | None = None
     step_sizes: Float[Array, "T C"] | None = None
     trace_covariance: Float[Array, " T"] | None = None
+    failure_time: Float[Array, ""] | None = None
+    failure_value: Float[Array, ""] | None = None
     solver_state: Any = None
 
     @property
@@ -97,7 +112,8 @@ class Trajectory(eqx.Module):
         return s["gradients"] + 2 * s["hvps"] + 4 * s["third_derivatives"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the trajectory to one `.npz` file of plain arrays, atomically.
+        """Write the trajectory to one `.npz` file of plain arrays, atomically. Of
+        several processes all must call this, and the first writes.
 
         **Arguments:**
 
@@ -105,21 +121,22 @@ class Trajectory(eqx.Module):
 
         **Raises:**
 
-        `FileNotFoundError` if the folder does not exist; `ValueError` for a batch.
+        `FileNotFoundError` if the folder does not exist, `IsADirectoryError` if `path`
+        is one; `ValueError` for a batch.
         """
-        path = check_folder("path", path)
-        if self.times.ndim != 1:
-            raise ValueError(
-                "A batch of trajectories, as made by `jax.vmap`, cannot be saved: take "
-                "one of them with `jax.tree.map(lambda x: x[i], trajectories)`."
+        path = check_folder("path", as_path(path))
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"`path`: {str(path)!r} is a folder; give the path of a file in it."
             )
+        check_single("trajectory", self)
         arrays = {
-            name: np.asarray(getattr(self, name))
+            name: on_host(getattr(self, name))
             for name in (*_SERIES, *_ADDITIONAL)
             if getattr(self, name) is not None
         }
         for i, series in enumerate(self.metrics.values()):
-            arrays[f"metrics{i}"] = np.asarray(series)
+            arrays[f"metrics{i}"] = on_host(series)
         for name in ("model", "optimizer_state"):
             tree = eqx.filter(getattr(self, name), eqx.is_array)
             arrays |= by_path(name, tree)
@@ -129,7 +146,8 @@ class Trajectory(eqx.Module):
             result=name_of(self.result),
             stats={k: np.asarray(v).item() for k, v in self.stats.items()},
         )
-        write_arrays(path, "trajectory", header, arrays)
+        if is_first_process():
+            write_arrays(path, "trajectory", header, arrays)
 
     @staticmethod
     def load(
@@ -147,42 +165,28 @@ class Trajectory(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if the file is not a trajectory or does not fit `model` or
-        `optimizer_state`.
+        `FileNotFoundError` if there is no such file; `ValueError` if it is not a
+        trajectory or does not fit `model` or `optimizer_state`.
         """
-        header, arrays = read_arrays("path", path, "trajectory")
+        header, arrays = read_arrays("path", as_path(path), "trajectory")
         try:
-            series = {
-                name: jnp.asarray(arrays.pop(name))
-                for name in (*_SERIES, *_ADDITIONAL)
-                if name in _SERIES or name in arrays
-            }
-            metrics = {
-                name: jnp.asarray(arrays.pop(f"metrics{i}"))
-                for i, name in enumerate(header["metrics"])
-            }
-            critical, stats = header["critical_sharpness"], dict(header["stats"])
-            result = result_of(header["result"])
-        except (KeyError, TypeError, ValueError) as error:
+            fields = _read(header, arrays)
+        except Exception as error:  # a file that fits can be wrong in many ways
             raise ValueError(
                 f"`path`: {os.fspath(path)!r}, written by centralflow "
                 f"{header.get('version', 'of unknown version')}, is not a trajectory: "
                 f"{error} is missing, or wrong."
             ) from error
         return Trajectory(
-            **series,
-            metrics=metrics,
+            **fields,
             model=_fill("model", model, arrays),
             optimizer_state=_fill("optimizer_state", optimizer_state, arrays),
-            critical_sharpness=critical,
-            result=result,
-            stats=stats,
         )
 
     def __str__(self) -> str:
         if self.times.ndim != 1:
             return repr(self)
-        end = "" if self.result == RESULTS.successful else f" ({RESULTS[self.result]})"
+        end = "" if self.result == RESULTS.successful else f"\n  {describe(self)}"
         work = ", ".join(f"{k} {_short(v)}" for k, v in self.stats.items())
         return (
             f"Trajectory over steps {float(self.times[0]):g} to "
@@ -204,7 +208,7 @@ class NumericalFailure(RuntimeError):
         self.trajectory = trajectory
 
 
-def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
+def finish(trajectory: Trajectory, optimizer: Any, throw: bool) -> Trajectory:
     """Raise if the run failed and `throw`; otherwise return it as it is, with a warning
     if it was interrupted."""
     if trajectory.result == RESULTS.interrupted:
@@ -216,13 +220,55 @@ def finish(trajectory: Trajectory, throw: bool) -> Trajectory:
         )
         return trajectory
     if throw and trajectory.result != RESULTS.successful:
-        raise NumericalFailure(
-            f"{RESULTS[trajectory.result]} The last finite values are those at step "
-            f"{float(trajectory.times[-1]):g}. Everything up to there is in the "
-            "`trajectory` attribute of this exception; `throw=False` returns it.",
-            trajectory,
-        )
+        raise NumericalFailure(message(trajectory, optimizer), trajectory)
     return trajectory
+
+
+def check_single(name: str, trajectory: Any) -> None:
+    """Raise `ValueError` unless `trajectory` is one trajectory, no batch of them."""
+    if not isinstance(trajectory, Trajectory):
+        raise ValueError(f"`{name}` must be a Trajectory, got {trajectory!r}.")
+    if trajectory.times.ndim != 1:
+        raise ValueError(
+            f"`{name}` must be one trajectory, not a batch of trajectories as made by "
+            "`jax.vmap`: take one with `jax.tree.map(lambda x: x[i], trajectories)`."
+        )
+
+
+def check_comparable(run: Any, **others: Any) -> None:
+    """Raise `ValueError` unless all are trajectories of models of one size."""
+    check_single("run", run)
+    for name, other in others.items():
+        check_single(name, other)
+        sizes = [x.weights.shape[1] for x in (run, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`run` has {sizes[0]} parameters and `{name}` {sizes[1]}: they belong "
+                "to different models."
+            )
+
+
+def _read(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a trajectory but for its PyTrees, removed from `arrays`."""
+    fields = {
+        name: jnp.asarray(arrays.pop(name))
+        for name in (*_SERIES, *_ADDITIONAL)
+        if name in _SERIES or name in arrays
+    }
+    metrics = {
+        name: jnp.asarray(arrays.pop(f"metrics{i}"))
+        for i, name in enumerate(header["metrics"])
+    }
+    other = ("weight_times", "weights", "coordinates")
+    series = [x for name, x in fields.items() if x.ndim and name not in other]
+    if len({len(x) for x in [*series, *metrics.values()]}) > 1:
+        raise ValueError("its series differ in length")
+    return fields | dict(
+        metrics=metrics,
+        critical_sharpness=header["critical_sharpness"],
+        result=result_of(header["result"]),
+        stats=dict(header["stats"]),
+    )
 
 
 def _fill(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:

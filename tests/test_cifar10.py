@@ -66,8 +66,8 @@ def test_double_precision(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(size=0), "`size` must be an integer of at least 1, got 0"),
-        (dict(size=True), "`size` must be an integer .* got True"),
+        (dict(size=0), "`size` must be a positive integer, got 0"),
+        (dict(size=True), "`size` must be a positive integer, got True"),
         (dict(size=61), "60 train images .* too few for `size` 61"),
         (dict(split="valid"), "`split` must be .* got 'valid'"),
         (dict(classes=0), "`classes` must be .* got 0"),

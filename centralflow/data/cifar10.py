@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .checks import require_integer
+from ..checks import as_path, require_integer
 from .cifar10_files import read_examples
 
 # Of the 50,000 training images scaled to [0, 1]: red, green, blue.
@@ -65,7 +64,7 @@ def cifar10(
     if size is not None:
         require_integer("size", size)
     kept = _labels(classes)
-    images, labels = read_examples(Path(path), split)
+    images, labels = read_examples(as_path(path), split)
     # The column of each label among the one-hot ones; -1 where it is left out.
     column = np.full(10, -1)
     column[kept] = np.arange(len(kept))
@@ -88,8 +87,10 @@ def cifar10(
 def _labels(classes: int | Sequence[int] | None) -> list[int]:
     if classes is None:
         return list(range(10))
-    labels = range(classes) if _is_integer(classes) else list(classes)
-    valid = all(_is_integer(label) and 0 <= label < 10 for label in labels)
+    labels = range(classes) if _is_integer(classes) else classes
+    valid = isinstance(labels, Sequence) and all(
+        _is_integer(label) and 0 <= label < 10 for label in labels
+    )
     if valid and 0 < len(set(labels)) == len(labels):
         return list(labels)
     raise ValueError(

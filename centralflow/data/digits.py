@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..checks import require_integer
+
 
 def digits(size: int = 1000) -> tuple[Float[Array, "N 8 8"], Float[Array, "N 10"]]:
     """The first `size` of scikit-learn's 1,797 handwritten digits.
@@ -36,6 +38,7 @@ def digits(size: int = 1000) -> tuple[Float[Array, "N 8 8"], Float[Array, "N 10"
             "scikit-learn: `pip install scikit-learn`."
         ) from error
     images, labels = load_digits(return_X_y=True)
+    require_integer("size", size, least=0)
     if not 1 <= size <= len(images):
         raise ValueError(f"`size` must be between 1 and {len(images)}, got {size!r}.")
     images, labels = images[:size].reshape(-1, 8, 8), labels[:size]

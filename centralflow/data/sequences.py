@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .checks import require_integer
+from ..checks import require_integer, require_key
 
 Sequences = tuple[Int[Array, "N T"], Float[Array, "N T V"], Bool[Array, "N T"]]
 
@@ -77,6 +77,7 @@ def _task(size: int, length: int, vocabulary: int, key, answer: Callable) -> Seq
     require_integer("size", size)
     require_integer("length", length)
     require_integer("vocabulary", vocabulary, least=2)
+    require_key(key)
     symbols = jr.randint(key, (size, length), 0, vocabulary)
     separator = jnp.full((size, 1), vocabulary)
     tokens = jnp.concatenate([symbols, separator, answer(symbols)], axis=1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .checks import require_integer
+from ..checks import require_integer, require_key, require_positive
 
 
 def moons(
@@ -75,8 +75,7 @@ def circles(
         F. Pedregosa et al., *Scikit-learn: machine learning in Python*, JMLR 12 (2011):
         `sklearn.datasets.make_circles`.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"`ratio` must be at least 0 and below 1, got {ratio!r}.")
+    require_positive("ratio", ratio, 1, or_zero=True)
     angles, labels, noise = _angles_and_noise(size, noise, key)
     points = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
     radii = jnp.where(labels == 1, ratio, 1.0)[:, None]
@@ -111,6 +110,7 @@ def random_classification(
     require_integer("size", size)
     require_integer("features", features)
     require_integer("classes", classes, least=2)
+    require_key(key)
     for_inputs, for_labels = jr.split(key)
     inputs = jr.normal(for_inputs, (size, features), jnp.result_type(float))
     return inputs, _one_hot(jr.randint(for_labels, (size,), 0, classes), classes)
@@ -118,8 +118,8 @@ def random_classification(
 
 def _angles_and_noise(size, noise, key):
     require_integer("size", size)
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"`noise` must be finite and not negative, got {noise!r}.")
+    require_positive("noise", noise, float("inf"), or_zero=True)
+    require_key(key)
     for_angles, for_noise = jr.split(key)
     dtype = jnp.result_type(float)
     angles = jr.uniform(for_angles, (size,), dtype, maxval=2 * jnp.pi)

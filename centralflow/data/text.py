@@ -4,14 +4,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .checks import require_integer
+from ..checks import as_path, require_integer
 
 PADDING, UNKNOWN, FIRST_WORD = 0, 1, 2
 
@@ -119,7 +118,7 @@ def _examples(path, size: int | None) -> list[tuple[str, list[str], str]]:
     """Where each of the first `size` examples stands, its words and its label."""
     if size is not None:
         require_integer("size", size)
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise FileNotFoundError(
             f"There is no file `{path}`. SST-2 is at https://gluebenchmark.com/tasks: "
             "unpack it and give the path of its `train.tsv`."

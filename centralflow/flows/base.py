@@ -9,17 +9,20 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..failures import Failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
+from ..results import RESULTS
 
 
 class FlowState(eqx.Module):
-    """The state y of a flow: weights `[n]`, optimizer state, and the observables at y
-    if they are by-products of a step."""
+    """The state y of a flow: weights `[n]`, optimizer state, the observables at y if
+    they are by-products of a step, and the oscillation if the flow integrates it."""
 
     weights: Float[Array, " n"]
     optimizer_state: PyTree[Array]
     observables: dict[str, Any]
+    oscillation: Any = None
 
 
 class FlowSolverState(eqx.Module):
@@ -99,6 +102,24 @@ class AbstractFlow(eqx.Module):
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
         """The step-size controller, and the first step in optimizer steps."""
 
+    def first(
+        self,
+        objective: FlatObjective,
+        optimizer: AbstractOptimizer,
+        weights: Float[Array, " n"],
+        optimizer_state: PyTree[Array],
+    ) -> FlowState:
+        """The state at the start, from the weights there and the optimizer state
+        *before* their gradient enters it. By default it has entered."""
+        gradient = objective.grad(weights)
+        return FlowState(weights, optimizer.update_state(optimizer_state, gradient), {})
+
+    @property
+    def delay(self) -> int:
+        """How many steps after the flow the optimizer has the same state, before it
+        takes in its gradient: one if the flow has taken it in."""
+        return 1
+
     @abc.abstractmethod
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         """The complete state y and the solver's state (or None for that of its `init`)
@@ -116,6 +137,12 @@ class AbstractFlow(eqx.Module):
         """The work of an integration from the solver state `start` and of finding that
         state, rejected steps and `reports` reported times included. Of `start` only the
         scalars are there."""
+
+    def failure(self, solution: diffrax.Solution) -> Failure:
+        """What a solver saw that could not go on."""
+        result = RESULTS.promote(solution.result)
+        result = RESULTS.where(result == RESULTS.nonfinite, RESULTS.diverged, result)
+        return when(solution.result != diffrax.RESULTS.successful, result)
 
     def proposed_step(self, controller_state: Any) -> Float[Array, ""] | None:
         """The length of the step that would have followed, or None for the first of

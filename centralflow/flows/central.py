@@ -9,9 +9,10 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..checks import require_integer, require_positive
+from ..failures import Failure, choose, no_failure
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..solvers import ForesightController, Moreau, ProjectedRKC
@@ -87,12 +88,9 @@ class CentralFlow(AbstractFlow):
             ("renew_every", 1 if renew_every is None else renew_every),
             ("block_size", block_size),
         ):
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if eigen_tolerance is not None and not 0 < eigen_tolerance < 1:
-            raise ValueError(
-                f"`eigen_tolerance` must be between 0 and 1, got {eigen_tolerance!r}."
-            )
+            require_integer(name, value)
+        if eigen_tolerance is not None:
+            require_positive("eigen_tolerance", eigen_tolerance, 1)
         if renew_every is None:
             renew_every = 1 if substeps is None else min(substeps, 4)
         if eigen_tolerance is None and substeps is not None:
@@ -169,7 +167,9 @@ class CentralFlow(AbstractFlow):
         if previous is not None:
             # The work of each part is counted by itself.
             expansion = dataclasses.replace(previous.expansion, work=Work())
-            previous = dataclasses.replace(previous, expansion=expansion)
+            previous = dataclasses.replace(
+                previous, expansion=expansion, failure=no_failure()
+            )
             if self.substeps is not None:
                 previous = dataclasses.replace(previous, unconverged=jnp.int32(0))
             if expansion.eigenvectors.shape[0] == self.block_size:
@@ -205,6 +205,10 @@ class CentralFlow(AbstractFlow):
         state = solution.solver_state
         return state.expansion.work + Work(unconverged=state.unconverged)
 
+    def failure(self, solution: diffrax.Solution) -> Failure:
+        own = solution.result == diffrax.RESULTS.nonfinite
+        return choose(own, solution.solver_state.failure, super().failure(solution))
+
     def proposed_step(self, controller_state: Any) -> Float[Array, ""] | None:
         return None if self.substeps is not None else controller_state.proposed
 
@@ -224,11 +228,15 @@ class CentralFlow(AbstractFlow):
         # Euler steps of length h of ds/dt = -s / tau grow where h > 2 tau.
         rates = [jnp.max(-d) for d in jax.tree.leaves(state_decay(optimizer, y))]
         fewest = float(jnp.max(jnp.stack(rates))) / 2 if rates else 0.0
+        if optimizer.has_memory:
+            # Steps of length h = 1 are those of the method itself, at the limit of
+            # stability at the edge. At h = 1/2 the limit is four times as far.
+            fewest = max(fewest, 2.0)
         if self.substeps < fewest:
             raise ValueError(
-                f"`substeps` is {int(self.substeps)}, but the state of this optimizer "
-                "relaxes so fast that fixed steps of the flow are unstable with fewer "
-                f"than {math.ceil(fewest)} per optimizer step: set more, or leave "
+                f"`substeps` is {int(self.substeps)}, but fixed steps of the flow of "
+                "this optimizer and its state are unstable with fewer than "
+                f"{math.ceil(fewest)} per optimizer step: set more, or leave "
                 "`substeps` out for adaptive steps."
             )
 

@@ -18,12 +18,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..eigen import top_eigenpairs
+from ..failures import Failure, eigen_failure, first_of, largest, slope_failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from ..precision import full_precision
+from ..results import RESULTS
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
+from .leapfrog import RingingResponse, leapfrog
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
@@ -60,18 +63,21 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         """E[g] - g = (1/2) sum_ij X_ij D_ij and E[g * g] - g * g = diag(H Sigma H),
         with H u_i = kappa P u_i, which holds wherever X is not zero and makes the
         constraint's dependence on X symmetric."""
-        i, j = np.tril_indices(self.block_size)
+        i, j = np.tril_indices(self._room(y))
         force = 0.5 * (jnp.where(i == j, 1, 2) * X[i, j]) @ e.forces
         P = self.optimizer.preconditioner(y.optimizer_state)
         HU = self.optimizer.critical_sharpness * P * e.eigenvectors
         return Forcing(force, jnp.sum(HU * (X @ HU), axis=0))
 
-    def rate(self, y: FlowState, slope: Slope, forcing: Forcing) -> FlowState:
+    def rate(
+        self, y: FlowState, slope: Slope, forcing: Forcing, dt: Float[Array, ""]
+    ) -> FlowState:
         """dw/dt = velocity(w, s, E[g]) and ds/dt = state_rate(s, E[g], E[g * g])."""
         g = slope.gradient
         mean, mean_sq = g + forcing.gradient, g * g + forcing.gradient_sq
-        weights = self.optimizer.velocity(y.weights, y.optimizer_state, mean)
-        state = self.optimizer.state_rate(y.optimizer_state, mean, mean_sq)
+        weights, state = self.optimizer.step_rates(
+            y.weights, y.optimizer_state, mean, mean_sq, dt
+        )
         observables = jax.tree.map(jnp.zeros_like, y.observables)
         if observables:
             observables["smooth"]["loss"] = g @ weights
@@ -80,7 +86,11 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     def vf(self, t, y: FlowState, args) -> FlowState:
         """The rate at X = 0: the stable flow."""
         zero = jnp.zeros_like(y.weights)
-        return self.rate(y, self.slope(y), Forcing(zero, zero))
+        return self.rate(y, self.slope(y), Forcing(zero, zero), t - t)
+
+    @property
+    def memory(self) -> float | Float[Array, ""]:
+        return self.optimizer.memory
 
     # The constraint C = U (kappa P - H) U'.
 
@@ -96,10 +106,23 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         _, dP = jax.jvp(
             self.optimizer.preconditioner, (y.optimizer_state,), (rate.optimizer_state,)
         )
-        i, j = np.tril_indices(self.block_size)
+        i, j = np.tril_indices(self._room(y))
         dH = e.forces @ rate.weights
         dH = jnp.zeros_like(e.hessian).at[i, j].set(dH).at[j, i].set(dH)
         return kappa * (U * dP) @ U.T - dH
+
+    @full_precision
+    def drift(self, y: FlowState, e: Expansion, rate: FlowState) -> FlowState:
+        """Without what the tracked modes do, if they ring: with momentum they return,
+        several times within the memory."""
+        if not self.rings:
+            return rate
+        P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
+        fast = jnp.arange(self.block_size) < e.tracked
+        fast &= e.sharpness > 0.1 * self.optimizer.critical_sharpness
+        along = jnp.where(fast, U @ (P * rate.weights), 0)
+        weights = rate.weights - along @ U
+        return FlowState(weights, rate.optimizer_state, rate.observables)
 
     def active(self, e: Expansion) -> Int[Array, ""]:
         return e.critical
@@ -174,11 +197,26 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
         return jax.lax.fori_loop(0, e.critical, add, zero)
 
-    def is_finite(self, y: FlowState, e: Expansion) -> Bool[Array, ""]:
-        oscillating = y.observables["oscillating"]
-        return jnp.isfinite(e.slope.loss + oscillating["loss"]) & jnp.all(
-            jnp.isfinite(y.weights)
+    def failure(self, y: FlowState, e: Expansion) -> Failure:
+        third = largest(e.forces)
+        # A part of the oscillation's own that is not finite has no other cause.
+        of_X = y.observables["oscillating"]["loss"] if y.observables else 0.0
+        return first_of(
+            slope_failure(y.weights, e.slope.loss, e.slope.gradient),
+            eigen_failure(
+                e.sharpness,
+                e.residuals,
+                jnp.arange(self.block_size) < e.known,
+                self.optimizer.critical_sharpness,
+                self.eigen_tolerance,
+            ),
+            when(~jnp.isfinite(third), RESULTS.nonfinite_third_derivative, third),
+            when(~jnp.isfinite(of_X), RESULTS.diverged, of_X),
         )
+
+    def without_oscillations(self, y: FlowState) -> FlowState:
+        of_X = lambda y: y.observables["oscillating"]
+        return eqx.tree_at(of_X, y, jax.tree.map(jnp.zeros_like, of_X(y)))
 
     # The expansion.
 
@@ -221,8 +259,17 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         work = e.work + Work(
             gradients=1, third_derivatives=e.critical * (e.critical + 1) // 2
         )
-        forces = self.objective.thirds(y.weights, e.eigenvectors, e.critical)
-        return dataclasses.replace(e, slope=slope, forces=forces, work=work)
+        return dataclasses.replace(e, slope=slope, forces=self._forces(y, e), work=work)
+
+    def _room(self, y: FlowState) -> int:
+        """How many eigenvalues may be critical: if there are more, the block is to be
+        enlarged."""
+        k = self.block_size
+        return k if k >= y.weights.size else max(k - GUARDS, 1)
+
+    def _forces(self, y: FlowState, e: Expansion) -> Float[Array, "m n"]:
+        U = e.eigenvectors[: self._room(y)]
+        return self.objective.thirds(y.weights, U, e.critical)
 
     def _followed(self, previous: Expansion) -> tuple[Array, Array]:
         k = self.block_size
@@ -259,10 +306,12 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             # Looks for eigenvectors that a symmetry hides from those tracked.
             key=jr.fold_in(jr.key(1), calls),
         )
-        critical = jnp.minimum(self.count_critical(pairs.values), count)
-        known = jnp.maximum(wanted, critical)
+        above = jnp.minimum(self.count_critical(pairs.values), count)
+        known = jnp.maximum(wanted, above)
+        room = self._room(y)
+        critical = jnp.minimum(above, room)
         # There may be fewer eigenvalues than rows.
-        exists = jnp.isfinite(pairs.values)
+        exists = ~jnp.isneginf(pairs.values)
         sharpness = jnp.where(exists, pairs.values, 0)
         residual = jnp.max(
             jnp.where((jnp.arange(k) < known) & exists, pairs.residuals, 0)
@@ -276,7 +325,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             eigenvectors=pairs.vectors / jnp.sqrt(P),
             hessian=jnp.diag(sharpness),
             gram=jnp.eye(k, dtype=w.dtype),
-            forces=jnp.zeros((k * (k + 1) // 2, w.size), w.dtype),
+            forces=jnp.zeros((room * (room + 1) // 2, w.size), w.dtype),
             tracked=jnp.asarray(count, jnp.int32),
             known=known,
             critical=critical,
@@ -344,9 +393,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         critical = jnp.minimum(jnp.maximum(e.critical, previous.held), e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
-        forces = self.objective.thirds(y.weights, e.eigenvectors, critical)
         work = e.work + Work(third_derivatives=critical * (critical + 1) // 2)
-        return dataclasses.replace(e, critical=critical, forces=forces, work=work)
+        e = dataclasses.replace(e, critical=critical, work=work)
+        return dataclasses.replace(e, forces=self._forces(y, e))
 
     def no_stiff_modes(self, y: FlowState) -> StiffModes:
         return none_known(y.weights.size, y.weights.dtype)
@@ -367,10 +416,24 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
     def responder(
         self, y: FlowState, e: Expansion, dt: Float[Array, ""]
-    ) -> tuple[Response, StiffModes, Expansion]:
+    ) -> tuple[Callable, StiffModes, Expansion]:
         active = jnp.arange(self.block_size) < e.critical
         force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
-        return responder(self.objective, self.optimizer, y, e, force, dt)
+        kind = RingingResponse if self.rings else Response
+        finite = jnp.isfinite(largest((y.weights, e.sharpness, force)))
+        response, stiff, e = responder(
+            self.objective, self.optimizer, y, e, force, dt, kind
+        )
+        return response, stiff, _doubted(e, finite, response.space.nodes)
+
+    @property
+    def rings(self) -> bool:
+        return self.optimizer.has_memory
+
+    def ring(
+        self, y: FlowState, slope: Slope, forcing: Forcing, dt: Float[Array, ""]
+    ) -> tuple[FlowState, FlowState, Int[Array, ""], Float[Array, ""]]:
+        return leapfrog(self, y, slope, forcing, dt)
 
     def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
@@ -424,6 +487,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         weights, count = damped(
             self.objective, self.optimizer, y, e, defect.weights, dt
         )
+        e = _doubted(e, jnp.isfinite(largest((y.weights, defect.weights))), weights)
         defect = FlowState(weights, defect.optimizer_state, defect.observables)
         return defect, dataclasses.replace(e, work=e.work + Work(hvps=count))
 
@@ -437,3 +501,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
 
     def approach(self, step: Step) -> Float[Array, "2 k"]:
         return approach(self, step)
+
+
+def _doubted(e: Expansion, finite: Bool[Array, ""], products: Array) -> Expansion:
+    """What the Hessian made not finite, of something `finite`, makes e so."""
+    bad = finite & ~jnp.isfinite(largest(products))
+    return dataclasses.replace(e, sharpness=jnp.where(bad, jnp.nan, e.sharpness))

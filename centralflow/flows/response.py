@@ -1,6 +1,8 @@
 """How the end of a long step answers to a change of the oscillations in it."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -118,9 +120,11 @@ def responder(
     e: Expansion,
     force: Float[Array, " n"],
     dt: Float[Array, ""],
-) -> tuple[Response, StiffModes, Expansion]:
-    """The response at y, with a Krylov space of `force`; what that shows of the fastest
-    modes; and the expansion, with the work counted."""
+    kind: Callable[..., Any],
+) -> tuple[Any, StiffModes, Expansion]:
+    """The response at y, of the kind that fits the optimizer, with a Krylov space of
+    `force`; what that shows of the fastest modes; and the expansion, with the work
+    counted."""
     modes = _Modes(objective, optimizer, y, e)
     # phi_1(-dt lambda) is close to 1/(dt lambda) down to lambda = 1/dt, and the force
     # has components at all rates. That takes about sqrt(kappa dt) products; with 0.3
@@ -133,7 +137,7 @@ def responder(
     noise = _NOISE * jnp.linalg.norm(v) / jnp.sqrt(v.size) * noise
     space, _ = modes.space(v + noise, count, _KRYLOV)
     V, values = modes.eigenvectors, e.sharpness
-    response = Response(optimizer, y, dt, V, values, space)
+    response = kind(optimizer, y, dt, V, values, space)
     stiff = stiff_modes(V, values, e.residuals, e.tracked, space)
     return response, stiff, dataclasses.replace(e, work=e.work + Work(hvps=count))
 

@@ -49,7 +49,14 @@ class StableFlow(AbstractFlow):
         return controller, 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+        if y.oscillation is not None:
+            raise ValueError("`solver_state` is that of another flow.")
         return y, None
+
+    def large_enough(self, solver_state: Any) -> "StableFlow":
+        if not (solver_state is None or isinstance(solver_state, tuple)):
+            raise ValueError("`solver_state` is that of another flow.")
+        return self
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         field = term.vector_field
@@ -87,7 +94,9 @@ class _StableField(eqx.Module):
     coordinates: Int[Array, " C"]
 
     def __call__(self, t, y: FlowState, args) -> FlowState:
-        g = self.objective.grad(y.weights)
+        # Without a loss there is nothing to report: the step is too long.
+        loss, g = self.objective.value_and_grad(y.weights)
+        g = jnp.where(jnp.isfinite(loss), g, jnp.nan)
         return FlowState(
             self.optimizer.velocity(y.weights, y.optimizer_state, g),
             self.optimizer.state_rate(y.optimizer_state, g, g * g),

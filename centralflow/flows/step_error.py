@@ -26,6 +26,8 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     - `jump`: the correction over the length of the path.
     - `violation`: what the correction had to do for the constraint.
     - `remainder`: what it left to do.
+    - `between`: of modes that ring, how far the loss at the middle of the step is from
+        the cubic through its ends.
     - `P`: how far the step sizes 1/P are from linear in time; a schedule of the
         learning rate may do anything.
     """
@@ -36,7 +38,8 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     distance = term.distance(step.y0, step.y1)
     loss = jnp.maximum(jnp.abs(e0.slope.loss), jnp.abs(e.slope.loss)) + tiny
     # Where the flow comes to rest, a distance d matters for its kappa d^2 / 2 of loss.
-    rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa)
+    # (That of a loss of exactly zero would be flushed to zero, and the errors be 0/0.)
+    rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa) + tiny
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
 
@@ -53,11 +56,17 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     # the square of what these turned, over the distance of those to which they turned.
     both = rows[:, None] & rows
     remainder = jnp.max(jnp.where(both, jnp.abs(after - step.linearized), 0))
-    remainder = jnp.maximum(remainder, 6 * e.turned**2)
+    remainder = jnp.maximum(remainder, 12 * e.turned**2 / kappa)
     # In steps of a few units a change of X is answered to exactly.
     jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
     change = jnp.max(moved)
     jump = jump * change / (change + 0.1 * term.rtol * kappa)
+    between = jnp.zeros_like(jump)
+    if term.rings:
+        of_loss = lambda rate: rate.observables["smooth"]["loss"]
+        cubic = (e0.slope.loss + e.slope.loss) / 2
+        cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
+        between = jnp.abs(step.middle - cubic) / loss
     return dict(
         path=0.05 * norm(defect) / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
@@ -65,6 +74,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         jump=0.1 * jump,
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
+        between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
 

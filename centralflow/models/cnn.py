@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .layers import (
@@ -15,6 +14,7 @@ from .layers import (
     check_widths,
     full_shape,
     last_layer,
+    split_key,
 )
 
 
@@ -60,7 +60,7 @@ class CNN(eqx.Module):
                 f"must hold multiples of {shrink}, got {height} and {width}: take "
                 "fewer `widths`, or crop or pad the images."
             )
-        keys = jr.split(key, len(widths) + 1)
+        keys = split_key(key, len(widths) + 1)
         self.convolutions = [
             Convolution(a, b, key=k)
             for a, b, k in zip([channels, *widths], widths, keys, strict=False)

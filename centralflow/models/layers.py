@@ -9,6 +9,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, Shaped
 
+from ..checks import require_integer, require_key, require_positive
+
 
 def standardize(
     x: Float[Array, "..."], axis: int | tuple[int, ...] = -1, eps: float = 1e-5
@@ -121,8 +123,7 @@ def last_layer(
     in_size: int, out_size: int, scale: float, *, key: PRNGKeyArray
 ) -> eqx.nn.Linear:
     """A linear layer whose initial weights and biases are multiplied by `scale`."""
-    if not 0 <= scale < np.inf:
-        raise ValueError(f"`last_scale` must be a number >= 0, got {scale!r}.")
+    require_positive("last_scale", scale, np.inf, or_zero=True)
     return jax.tree.map(lambda p: scale * p, eqx.nn.Linear(in_size, out_size, key=key))
 
 
@@ -165,8 +166,13 @@ def split_padding(
 def check_sizes(**sizes: int) -> None:
     """An error that names the first size that is not a positive integer."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {size!r}.")
+        require_integer(name, size)
+
+
+def split_key(key: PRNGKeyArray, count: int) -> Shaped[Array, "..."]:
+    """So many keys from one, once it is one."""
+    require_key(key)
+    return jr.split(key, count)
 
 
 def check_widths(widths: Sequence[int]) -> None:

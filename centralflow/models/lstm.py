@@ -3,10 +3,17 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .layers import Tokens, Vectors, check_sizes, last_layer, read_out, split_padding
+from .layers import (
+    Tokens,
+    Vectors,
+    check_sizes,
+    last_layer,
+    read_out,
+    split_key,
+    split_padding,
+)
 
 
 class LSTM(eqx.Module):
@@ -50,7 +57,7 @@ class LSTM(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_sizes(in_size=in_size, out_size=out_size, width=width, depth=depth)
-        embed, last, *keys = jr.split(key, 2 + depth)
+        embed, last, *keys = split_key(key, 2 + depth)
         self.embedding = None
         if tokens:
             self.embedding = eqx.nn.Embedding(in_size, width, key=embed)

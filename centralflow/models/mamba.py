@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .layers import Tokens, check_sizes, last_layer, read_out, split_padding
+from .layers import Tokens, check_sizes, last_layer, read_out, split_key, split_padding
 
 
 class _Block(eqx.Module):
@@ -123,7 +123,7 @@ class Mamba(eqx.Module):
     ):
         check_sizes(in_size=in_size, out_size=out_size, width=width, depth=depth)
         check_sizes(state_size=state_size, kernel_size=kernel_size)
-        embed, last, *keys = jr.split(key, 2 + depth)
+        embed, last, *keys = split_key(key, 2 + depth)
         self.embedding = eqx.nn.Embedding(in_size, width, key=embed)
         self.blocks = [_Block(width, state_size, kernel_size, key=k) for k in keys]
         self.norm = eqx.nn.RMSNorm(width, use_bias=False)

@@ -3,8 +3,10 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..checks import require_integer
+from .layers import check_sizes, split_key
 
 
 class MLP(eqx.Module):
@@ -29,8 +31,10 @@ class MLP(eqx.Module):
         *,
         key: PRNGKeyArray,
     ):
+        check_sizes(in_size=in_size, out_size=out_size, width=width)
+        require_integer("depth", depth, least=0)
         sizes = [in_size, *[width] * depth, out_size]
-        keys = jr.split(key, len(sizes) - 1)
+        keys = split_key(key, len(sizes) - 1)
         self.layers = [
             eqx.nn.Linear(a, b, key=k)
             for a, b, k in zip(sizes[:-1], sizes[1:], keys, strict=True)

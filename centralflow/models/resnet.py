@@ -16,6 +16,7 @@ from .layers import (
     check_widths,
     full_shape,
     last_layer,
+    split_key,
 )
 
 
@@ -101,7 +102,7 @@ class ResNet(eqx.Module):
                     f"`groups` must divide all `widths`, got groups={groups} and "
                     f"widths[{i}]={width}: make it {width // groups * groups + groups}."
                 )
-        first, last, *keys = jr.split(key, 2 + len(widths) * depth)
+        first, last, *keys = split_key(key, 2 + len(widths) * depth)
         self.first = Convolution(
             self.in_shape[-1], widths[0], use_bias=False, key=first
         )

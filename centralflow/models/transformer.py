@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .layers import (
@@ -14,6 +13,7 @@ from .layers import (
     check_sizes,
     last_layer,
     read_out,
+    split_key,
     split_padding,
 )
 
@@ -67,7 +67,7 @@ class Transformer(eqx.Module):
     ):
         check_sizes(in_size=in_size, out_size=out_size, length=length, depth=depth)
         check_heads(heads, width)
-        embed, place, last, *keys = jr.split(key, 3 + depth)
+        embed, place, last, *keys = split_key(key, 3 + depth)
         self.embedding = eqx.nn.Embedding(in_size, width, key=embed)
         self.positions = eqx.nn.Embedding(length, width, key=place)
         self.blocks = [AttentionBlock(width, heads, key=k) for k in keys]

@@ -16,6 +16,7 @@ from .layers import (
     check_sizes,
     full_shape,
     last_layer,
+    split_key,
 )
 
 
@@ -74,7 +75,7 @@ class ViT(eqx.Module):
             )
         self.patch_size = patch_size
         patches = (height // patch_size) * (across // patch_size)
-        embed, place, last, *keys = jr.split(key, 3 + depth)
+        embed, place, last, *keys = split_key(key, 3 + depth)
         self.embedding = eqx.nn.Linear(patch_size**2 * channels, width, key=embed)
         self.positions = 0.02 * jr.normal(place, (patches, width))
         self.blocks = [AttentionBlock(width, heads, key=k) for k in keys]

@@ -87,6 +87,36 @@ class AbstractOptimizer(eqx.Module):
         is at."""
         return jnp.zeros(())
 
+    def step_rates(
+        self,
+        weights: Vector,
+        state: PyTree[Array],
+        gradient: Vector,
+        gradient_sq: Vector,
+        dt: Float[Array, ""],
+    ) -> tuple[Vector, PyTree[Array]]:
+        """The time derivatives of weights and state with which a step of length dt of a
+        flow is made, from E[g] = `gradient` and E[g * g] = `gradient_sq` at its start.
+
+        Those at the start; but a momentum relaxes, and the weights move with what it is
+        at the end, as in the discrete method. (With that of the start the modes with
+        complex rates would grow.) A state with a momentum has it as its field `m`.
+        """
+        del dt
+        velocity = self.velocity(weights, state, gradient)
+        return velocity, self.state_rate(state, gradient, gradient_sq)
+
+    @property
+    def memory(self) -> float | Float[Array, ""]:
+        """For how long a gradient acts on the velocity, in steps: the time constant of
+        the momentum, 0 without."""
+        return 0.0
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether `memory` is not the constant zero."""
+        return not (isinstance(self.memory, float) and self.memory == 0)
+
     def velocity(
         self, weights: Vector, state: PyTree[Array], gradient: Vector
     ) -> Vector:
@@ -128,6 +158,51 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
     return value
 
 
+def relaxation_rate(beta: Float[Array, ""]) -> Float[Array, ""]:
+    """The rate -ln beta at which, along a flow, a momentum m with the update
+    m <- beta m + ... forgets.
+
+    A mode of the discrete method with eigenvalue s has z^2 - (1 + beta - (1 - beta) s)
+    z + beta = 0, and the flow dw/dt = -m, dm/dt = c (s w - m) has lambda^2 + c lambda +
+    c s = 0. With z = e^lambda the decays of the modes with complex roots, which is
+    nearly all of them, agree if -c/2 = ln(beta)/2. What is left of an initial m agrees
+    too. The delay of the velocity behind the gradient, 1/c, is that of the method,
+    beta / (1 - beta) + 1/2, to second order in 1 - beta. (The rate
+    (1 - beta) / beta, which makes m what it is after an update, is off by half a step
+    in the delay, for the velocity of a step is its mean, not that at its start.)
+    """
+    return -jnp.log(beta)
+
+
+def mean_of_decay(z: Float[Array, ""]) -> Float[Array, ""]:
+    """(1 - e^-z) / z, the mean of e^-t over [0, z]."""
+    small = z < 1e-3
+    return jnp.where(small, 1 - z / 2, -jnp.expm1(-z) / jnp.where(small, 1, z))
+
+
+def checked_decay(name: str, value: Any) -> Float[Array, ""]:
+    """`value` as an array, once it is the decay of a moving average."""
+    array = checked_number(name, value)
+    if not is_traced(array) and not 0 < float(value) < 1:
+        raise ValueError(f"`{name}` must be a number between 0 and 1, got {value}.")
+    return array
+
+
+def checked_eps(eps: Any) -> Float[Array, ""]:
+    """`eps` as an array, once it is a number that is not negative."""
+    array = checked_number("eps", eps)
+    if not is_traced(array) and not 0 <= float(eps) < float("inf"):
+        raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
+    return array
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """`value`, once it is `True` or `False`."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def checked_number(
     name: str, value: Any, expected: str = "a number"
 ) -> Float[Array, ""]:
@@ -154,9 +229,19 @@ def check_schedule(
     if not callable(learning_rate):
         return
     times = first + jnp.arange(steps + 1, dtype=jnp.result_type(float))
-    rates = jax.jit(lambda t: jax.lax.map(lambda t: _as_scalar(learning_rate(t)), t))(
-        times
-    )
+
+    def rate(time):
+        try:
+            value = learning_rate(time)
+        except Exception as error:  # any that a user's function can raise
+            raise ValueError(
+                "`learning_rate`: calling the schedule failed with: "
+                f"{type(error).__name__}: {error}\nIt must be a function of the step "
+                "that JAX can trace: `jnp.where` takes the place of `if`."
+            ) from error
+        return checked_number("learning_rate", value, "a schedule that returns numbers")
+
+    rates = jax.jit(lambda times: jax.lax.map(rate, times))(times)
     if is_traced(rates):
         return
     bad = np.flatnonzero(~((np.asarray(rates) >= 0) & np.isfinite(np.asarray(rates))))
@@ -165,13 +250,3 @@ def check_schedule(
             "`learning_rate` must be finite and not negative; the schedule returned "
             f"{float(rates[bad[0]])} at step {float(times[bad[0]]):g}."
         )
-
-
-def _as_scalar(rate: Any) -> Float[Array, ""]:
-    rate = jnp.asarray(rate, jnp.result_type(float))
-    if rate.shape != ():
-        raise ValueError(
-            "`learning_rate` must be a schedule that returns scalars; it returned an "
-            f"array of shape {rate.shape}."
-        )
-    return rate

@@ -1,10 +1,10 @@
 """RMSProp, with one second moment for each parameter or one for all."""
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ..objective import is_traced
@@ -13,8 +13,10 @@ from .base import (
     Diagonal,
     Schedule,
     Vector,
+    checked_decay,
+    checked_eps,
+    checked_flag,
     checked_learning_rate,
-    checked_number,
     rate_of_last_update,
 )
 
@@ -104,9 +106,9 @@ class RMSProp(_AbstractRMSProp):
 
     def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
         self.learning_rate = checked_learning_rate(learning_rate)
-        self.beta2, self.one_minus_beta2 = _checked_beta2(beta2)
-        self.eps = _checked_eps(eps)
-        self.bias_correction = _checked_flag(bias_correction)
+        self.beta2, self.one_minus_beta2 = checked_beta2(beta2)
+        self.eps = checked_eps(eps)
+        self.bias_correction = checked_flag("bias_correction", bias_correction)
 
     def moment(self, gradient_sq: Vector) -> Diagonal:
         return gradient_sq
@@ -132,34 +134,18 @@ class ScalarRMSProp(_AbstractRMSProp):
 
     def __init__(self, learning_rate, beta2, eps=0.0, bias_correction=False):
         self.learning_rate = checked_learning_rate(learning_rate)
-        self.beta2, self.one_minus_beta2 = _checked_beta2(beta2)
-        self.eps = _checked_eps(eps)
-        self.bias_correction = _checked_flag(bias_correction)
+        self.beta2, self.one_minus_beta2 = checked_beta2(beta2)
+        self.eps = checked_eps(eps)
+        self.bias_correction = checked_flag("bias_correction", bias_correction)
 
     def moment(self, gradient_sq: Vector) -> Diagonal:
         return jnp.sum(gradient_sq)
 
 
-def _checked_beta2(beta2) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    array = checked_number("beta2", beta2)
+def checked_beta2(beta2: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """beta2 and 1 - beta2, once that makes sense."""
+    array = checked_decay("beta2", beta2)
     if is_traced(array):
         return array, 1 - array
-    if not 0 < float(beta2) < 1:
-        raise ValueError(f"`beta2` must be a number between 0 and 1, got {beta2}.")
     # Of the Python float: float32 rounds a beta2 near 1 by much, next to 1 - beta2.
     return array, jnp.asarray(1 - float(beta2), array.dtype)
-
-
-def _checked_eps(eps) -> Float[Array, ""]:
-    array = checked_number("eps", eps)
-    if not is_traced(array) and not 0 <= float(eps) < jnp.inf:
-        raise ValueError(f"`eps` must be a number that is not negative, got {eps}.")
-    return array
-
-
-def _checked_flag(bias_correction) -> bool:
-    if not isinstance(bias_correction, bool | np.bool_):
-        raise ValueError(
-            f"`bias_correction` must be True or False, got {bias_correction!r}."
-        )
-    return bool(bias_correction)

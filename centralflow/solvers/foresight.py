@@ -79,6 +79,8 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
                 speed > 0, (left + allowed) / jnp.where(speed > 0, speed, 1), jnp.inf
             )
         )
+        # (Not a number, or infinite, the step would never end.)
+        longest = jnp.where(jnp.isnan(longest), 0, longest)
         longest = jnp.maximum(longest, self.controller.dtmin)
         next_t1 = jnp.where(keep, jnp.minimum(next_t1, next_t0 + longest), next_t1)
         next_t1 = after(next_t0, next_t1)

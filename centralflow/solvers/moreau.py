@@ -10,14 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..failures import Failure, choose, first_of, when
+from ..results import RESULTS
 from ..sdcp import SDCPSolution, solve_sdcp
 from .term import AbstractComplementarityTerm
+
+# A multiplier that leaves half of the violation that it is to remove, or more, does not
+# hold the constraint. Where the set of tight rows changes, that may happen in a step or
+# two; where it lasts for so many optimizer steps, the solution means nothing: with the
+# sharpness a tenth above critical an oscillation grows by 1.2^10 = 6 in that time.
+_UNHELD = 0.5
+LONGEST_UNHELD = 10.0
 
 
 class _State(eqx.Module):
     expansion: Any
     X: Float[Array, "k k"]
     unconverged: Int[Array, ""]  # complementarity problems so far
+    unheld: Float[Array, ""]  # for how long X has not held the constraint
+    failure: Failure
 
 
 class Moreau(diffrax.AbstractSolver):
@@ -51,7 +62,8 @@ class Moreau(diffrax.AbstractSolver):
     def start(self, term, y0, dt, previous) -> tuple[PyTree, _State]:
         """y0 with its observables, and the solver state there; `previous` is that at
         the end of an earlier part, or None."""
-        return _complete(term, y0, previous, dt)
+        y0, state = _complete(term, y0, previous, dt)
+        return choose(state.failure.failed, term.without_oscillations(y0), y0), state
 
     def init(self, terms, t0, t1, y0, args) -> _State:
         return self.start(terms.term, y0, t1 - t0, None)[1]
@@ -59,19 +71,12 @@ class Moreau(diffrax.AbstractSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del args, made_jump
         term, dt = terms.term, t1 - t0
-        rate = _rate(term, y0, solver_state.expansion, solver_state.X)
+        rate = _rate(term, y0, solver_state.expansion, solver_state.X, dt)
         y1 = jax.tree.map(lambda y, r: y + dt * r, y0, rate)
         y1, new_state = _complete(term, y1, solver_state, dt)
-        good = term.is_finite(y1, new_state.expansion)
-        result = diffrax.RESULTS.where(
-            good, diffrax.RESULTS.successful, diffrax.RESULTS.nonfinite
-        )
-        # A failed step reports its NaNs but does not put them into the solution.
-        keep = lambda new, old: jax.tree.map(
-            lambda a, b: jnp.where(good, a, b), new, old
-        )
-        info = dict(y0=y0, y1=y1)
-        return keep(y1, y0), None, info, keep(new_state, solver_state), result
+        failure = first_of(solver_state.failure.at(t0), new_state.failure.at(t1))
+        y1, y_end, state, result = settle(failure, y1, new_state, y0, solver_state)
+        return y_end, None, dict(y0=y0, y1=y1), state, result
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
@@ -81,28 +86,35 @@ def _complete(term, y, previous: _State | None, dt) -> tuple[PyTree, _State]:
     expansion = term.expand(y, None if previous is None else previous.expansion)
     C = term.constraint(expansion)
 
+    horizon = dt + term.memory
+
     def end(X):
-        rate = _rate(term, y, expansion, X)
-        return C + dt * term.constraint_rate(y, expansion, rate)
+        rate = _rate(term, y, expansion, X, horizon)
+        drift = term.drift(y, expansion, rate)
+        return C + horizon * term.constraint_rate(y, expansion, drift)
 
-    solution = multiplier(end, term.active(expansion), C)
-    failures = jnp.int32(0) if previous is None else previous.unconverged
-    failures = failures + (~solution.converged).astype(jnp.int32)
+    solution, left = multiplier(end, term.active(expansion), C)
+    count = jnp.int32(0) if previous is None else previous.unconverged
+    count = count + (~solution.converged).astype(jnp.int32)
     y = term.record(y, expansion, solution.X)
-    return y, _State(expansion, solution.X, failures)
+    unheld = jnp.zeros_like(left) if previous is None else previous.unheld
+    unheld, unsolved = unheld_for(left, unheld, dt)
+    failure = first_of(term.failure(y, expansion), unsolved)
+    return y, _State(expansion, solution.X, count, unheld, failure)
 
 
-def _rate(term: AbstractComplementarityTerm, y, expansion, X) -> PyTree:
-    return term.rate(y, expansion.slope, term.forcing(y, expansion, X))
+def _rate(term: AbstractComplementarityTerm, y, expansion, X, dt) -> PyTree:
+    return term.rate(y, expansion.slope, term.forcing(y, expansion, X), dt)
 
 
 def multiplier(
     end: Callable[[Float[Array, "k k"]], Float[Array, "k k"]],
     active: Int[Array, ""],
     like: Float[Array, "k k"],
-) -> SDCPSolution:
+) -> tuple[SDCPSolution, Float[Array, ""]]:
     """X such that 0 <= X perpendicular to `end(X)` >= 0, for `end` affine with a
-    self-adjoint linear part, on the first `active` rows. `like` has X's shape."""
+    self-adjoint linear part, on the first `active` rows; and the share of the violation
+    of `end(0)` that it leaves, if it is no solution. `like` has X's shape."""
     A, response = jax.linearize(end, jnp.zeros_like(like))
     k = like.shape[0]
     # B on the basis of symmetric matrices, the pairs of the leading rows first.
@@ -118,4 +130,32 @@ def multiplier(
     B = jax.lax.fori_loop(0, active * (active + 1) // 2, column, B)
     # Self-adjoint in exact arithmetic; rounding must not make it otherwise.
     B = (B + B.transpose(2, 3, 0, 1)) / 2
-    return solve_sdcp(A, B, jnp.arange(k) < active)
+    rows = jnp.arange(k) < active
+    solution = solve_sdcp(A, B, rows)
+    ends = jnp.stack([jnp.where(rows[:, None] & rows, A, 0), solution.slack])
+    before, after = -jnp.linalg.eigvalsh(ends)[:, 0]
+    left = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0)
+    return solution, jnp.where(solution.converged, 0, jnp.maximum(left, 0))
+
+
+def unheld_for(
+    left: Float[Array, ""], before: Float[Array, ""], dt: Any
+) -> tuple[Float[Array, ""], Failure]:
+    """For how long the constraint has not been held, after a step of length dt with the
+    share `left`; and the failure if that is too long."""
+    unheld = jnp.where(left < _UNHELD, 0, before + dt).astype(left.dtype)
+    return unheld, when(unheld > LONGEST_UNHELD, RESULTS.sdcp_failed, left)
+
+
+def settle(
+    failure: Failure, y1: PyTree, state: Any, y0: PyTree, old: Any
+) -> tuple[PyTree, PyTree, Any, diffrax.RESULTS]:
+    """A step that failed reports NaN in between, and nothing else changes: the y1 to be
+    interpolated, the y1 and the state to go on with, and Diffrax's result."""
+    nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), y1)
+    y_end, state = choose(failure.failed, (y0, old), (y1, state))
+    state = eqx.tree_at(lambda s: s.failure, state, failure)
+    result = diffrax.RESULTS.where(
+        failure.failed, diffrax.RESULTS.nonfinite, diffrax.RESULTS.successful
+    )
+    return choose(failure.failed, nothing, y1), y_end, state, result

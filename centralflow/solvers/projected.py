@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .moreau import multiplier
+from ..failures import Failure, choose, first_of, when
+from ..results import RESULTS
+from .moreau import multiplier, settle, unheld_for
 from .rkc import polynomial, rkc2
 from .term import AbstractStiffComplementarityTerm, Step
 
@@ -31,6 +33,8 @@ class _State(eqx.Module):
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
+    unheld: Float[Array, ""]  # for how long X has not held the constraint
+    failure: Failure
 
 
 class ProjectedRKC(diffrax.AbstractSolver):
@@ -104,6 +108,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
         y0 = term.record(y0, e, X)
         stiff = term.no_stiff_modes(y0) if previous is None else previous.stiff
         dt = jnp.zeros_like(excess)
+        failure = term.failure(y0, e)
+        y0 = choose(failure.failed, term.without_oscillations(y0), y0)
         return y0, _State(
             e,
             e,
@@ -114,6 +120,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt=dt,
             memory=dt,
             excess=excess,
+            unheld=dt if previous is None else previous.unheld,
+            failure=failure,
         )
 
     def init(self, terms, t0, t1, y0, args) -> _State:
@@ -128,13 +136,22 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 1. The prediction.
         def rate_of(y, slope, forcing):
-            return term.slowed(y, slope, term.rate(y, slope, forcing), s.stiff, dt)
+            return term.slowed(
+                y, slope, term.rate(y, slope, forcing, 0 * dt), s.stiff, dt
+            )
 
         rate0 = rate_of(y0, s.expansion.slope, s.forcing)
-        reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
-        R, longest = polynomial(reach)
-        rate = lambda y: rate_of(y, term.slope(y), s.forcing)
-        predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
+        if term.rings:
+            predicted, rate_ahead, stages, middle = term.ring(
+                y0, s.expansion.slope, s.forcing, dt
+            )
+            possible = jnp.bool_(True)
+        else:
+            reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
+            R, longest = polynomial(reach)
+            rate = lambda y: rate_of(y, term.slope(y), s.forcing)
+            predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
+            stages, possible, middle = R.stages, reach <= longest, None
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
@@ -159,20 +176,31 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
         start = lambda mean, end: tree_map(lambda m, a: 2 * m - a, mean, end)
 
-        def correction(X):
+        def changes(X):
             forcing = term.forcing(predicted, e, X)
             average = mean(forcing, s.mean_forcing)
             rise = subtract(forcing, start(average, forcing))
-            return respond(subtract(average, s.forcing), rise)
+            return subtract(average, s.forcing), rise
 
-        end = lambda X: C + term.constraint_rate(predicted, e, correction(X))
-        solution = multiplier(lambda X: end(X) + slack, term.active(e), C)
+        correction = lambda X: respond(*changes(X))
+        rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
+        end = lambda X: C + rate_of_C(correction(X))
+
+        def ahead(X):
+            if not term.rings:
+                return end(X)
+            # A momentum carries on: what stopped at the edge would leave it again.
+            rate = add(rate_ahead, respond.rate(*changes(X)))
+            drift = term.drift(predicted, e, rate)
+            return end(X) + term.memory * rate_of_C(drift)
+
+        solution, left = multiplier(lambda X: ahead(X) + slack, term.active(e), C)
         X = solution.X
 
         # 4. The correction.
         change, forcing = correction(X), term.forcing(predicted, e, X)
         y1 = add(predicted, change)
-        e1 = term.complete(y1, e, X, R.stages, solution.converged)
+        e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
@@ -184,7 +212,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             lambda a, b, r0, r1: 0.8 * (a - b) + 0.4 * dt * (r0 + r1),
             y0, y1, rate0, rate1,
         )  # fmt: skip
-        defect, e1 = term.damped(y1, e1, defect, dt)
+        if term.rings:  # the modes were resolved
+            defect = tree_map(jnp.zeros_like, defect)
+        else:
+            defect, e1 = term.damped(y1, e1, defect, dt)
         y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
         step = Step(
             dt,
@@ -199,10 +230,19 @@ class ProjectedRKC(diffrax.AbstractSolver):
             defect,
             change,
             excess,
+            middle,
         )
         error = term.relative_error(step)
-        good = term.is_finite(y1, e1) & (error < 1) & (reach <= longest)
-        error = jnp.where(good, error, jnp.inf)
+        unheld, unsolved = unheld_for(left, s.unheld, dt)
+        failure = first_of(
+            term.failure(predicted, e),
+            term.failure(y1, e1),
+            unsolved,
+            when(~possible, RESULTS.dt_min_reached, jnp.inf),
+            when(~(error < 1), RESULTS.dt_min_reached, error),
+        )
+        failure = first_of(s.failure.at(t0), failure.at(t1))
+        error = jnp.where(failure.failed, jnp.inf, error)
 
         # The observables of X, linear between the ends of steps. If they were zero
         # before, or not known, they are zero up to the onset and constant thereafter.
@@ -236,13 +276,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
             excess,
+            unheld,
+            failure,
         )
-
-        keep = lambda new, old: jnp.where(good, new, old)
-        y1, state = tree_map(keep, (y1, state), (y0, s))
-        result = diffrax.RESULTS.where(
-            good, diffrax.RESULTS.successful, diffrax.RESULTS.nonfinite
-        )
+        info["y1"], y1, state, result = settle(failure, y1, state, y0, s)
         return y1, y_error, info, state, result
 
     def func(self, terms, t0, y0, args):

@@ -9,6 +9,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..failures import Failure
+
 
 class AbstractComplementarityTerm(diffrax.AbstractTerm):
     """The differential equation with a semidefinite complementarity constraint
@@ -25,8 +27,15 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
         """What f needs to know of y."""
 
     @abc.abstractmethod
-    def rate(self, y: PyTree, slope: Any, forcing: PyTree) -> PyTree:
-        """f(y, forcing)."""
+    def rate(
+        self, y: PyTree, slope: Any, forcing: PyTree, dt: Float[Array, ""]
+    ) -> PyTree:
+        """f(y, forcing), for an explicit step of length dt."""
+
+    @property
+    @abc.abstractmethod
+    def memory(self) -> float | Float[Array, ""]:
+        """How long the constraint takes to answer to X."""
 
     @abc.abstractmethod
     def forcing(
@@ -49,6 +58,10 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
         """dC/dy applied to `rate`."""
 
     @abc.abstractmethod
+    def drift(self, y: PyTree, expansion: Any, rate: PyTree) -> PyTree:
+        """The rate with which y moves in the mean over the `memory`."""
+
+    @abc.abstractmethod
     def active(self, expansion: Any) -> Int[Array, ""]:
         """How many leading rows of C may be tight during the step. X is zero in the
         others."""
@@ -58,8 +71,12 @@ class AbstractComplementarityTerm(diffrax.AbstractTerm):
         """y with its observables brought up to date."""
 
     @abc.abstractmethod
-    def is_finite(self, y: PyTree, expansion: Any) -> Bool[Array, ""]:
-        """Whether the solution still makes sense."""
+    def failure(self, y: PyTree, expansion: Any) -> Failure:
+        """Whether y and its expansion still make sense."""
+
+    @abc.abstractmethod
+    def without_oscillations(self, y: PyTree) -> PyTree:
+        """y with the observables that X = 0 has, where X is not known."""
 
     def contr(self, t0, t1, **kwargs):
         return t1 - t0
@@ -83,11 +100,25 @@ class Step(eqx.Module):
     defect: PyTree[Array]  # an estimate of y1's error with the forcing as it is
     correction: PyTree[Array]  # what the change of the forcing did to y1
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
+    middle: Any  # what is known of the middle of a step of modes that ring
 
 
 class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
     """A complementarity term that can also be stepped over many times the time that its
-    fastest modes need. The eigenvalues of df/dy are real, or nearly so."""
+    fastest modes need. The eigenvalues of df/dy are real, or nearly so, unless it
+    `rings`."""
+
+    @property
+    @abc.abstractmethod
+    def rings(self) -> bool:
+        """Whether there are modes with complex rates. Then `ring` makes the steps."""
+
+    @abc.abstractmethod
+    def ring(
+        self, y: PyTree, slope: Any, forcing: PyTree, dt: Float[Array, ""]
+    ) -> tuple[PyTree, PyTree, Int[Array, ""], Any]:
+        """y after dt, the forcing as it is; the rate there; the number of stages; and
+        what is of use to `relative_error` about the middle of the step."""
 
     @abc.abstractmethod
     def no_stiff_modes(self, y: PyTree) -> Any:

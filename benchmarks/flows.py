@@ -1,0 +1,167 @@
+"""Which model when: every flow against the real optimizer.
+
+    python -m benchmarks.flows
+    python -m benchmarks.flows --case "MLP, GD" "CNN, GD" --flow rod edge
+
+The table of docs/which_model.md. For each case below the optimizer is run, and each
+flow predicts the run with its defaults. Errors are those of the predicted mean loss
+next to the time-average of the run: over all of it; in the onset window; and after
+that. The onset window is 40 steps around the first time that the run's oscillation is
+at half of its largest size. Before it, the optimizer may be above the edge and not
+oscillate yet. The sharpness of a flow is measured at its own weights, that of the run
+at its midpoints. A row takes up to four minutes on one core, mostly compilation.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import centralflow as cf
+
+from .problems import Problem
+from .report import heading, table_lines
+
+FLOWS = {
+    "stable": cf.StableFlow(),
+    "central": cf.CentralFlow(),
+    "rod": cf.RodFlow(),
+    "edge": cf.EdgeFlow(),
+}
+EVERY, WINDOW, ONSET = 10, 10, 40
+HEAD = [
+    "case",
+    "flow",
+    "loss error",
+    "in the onset window",
+    "after it",
+    "weight distance / that of stable",
+    "sharpness error",
+    "gradient-equivalents per step",
+]
+
+
+def mlp() -> tuple[cf.Objective, Any]:
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(200))
+    return objective, cf.models.MLP(64, 10, 24, key=jax.random.key(0))
+
+
+def cnn() -> tuple[cf.Objective, Any]:
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(200))
+    return objective, cf.models.CNN((8, 8), 10, (6, 12), key=jax.random.key(0))
+
+
+def transformer() -> tuple[cf.Objective, Any]:
+    length, vocabulary = 4, 4
+    data = cf.data.sorting(200, length, vocabulary, key=jax.random.key(1))
+    tokens = (vocabulary + 1, vocabulary + 1)
+    key = jax.random.key(0)
+    model = cf.models.Transformer(*tokens, 2 * length, 12, 1, 2, key=key)
+    return cf.Objective(cf.losses.squared_error, data), model
+
+
+class Case(NamedTuple):
+    """A network, an optimizer, real steps before the prediction, predicted steps."""
+
+    network: Callable[[], tuple[cf.Objective, Any]]
+    optimizer: cf.AbstractOptimizer
+    warm: int
+    steps: int
+
+    def problem(self) -> Problem:
+        problem = Problem("", *self.network(), self.optimizer)
+        return problem.after(self.warm) if self.warm else problem
+
+
+_scalar = partial(cf.ScalarRMSProp, beta2=0.99, eps=1e-7, bias_correction=True)
+_rmsprop = partial(cf.RMSProp, beta2=0.99, eps=1e-7, bias_correction=True)
+
+# Another optimizer is a line each.
+CASES = {
+    "MLP, GD": Case(mlp, cf.GradientDescent(0.3), 0, 300),
+    "CNN, GD": Case(cnn, cf.GradientDescent(0.3), 0, 300),
+    "Transformer, GD": Case(transformer, cf.GradientDescent(0.3), 0, 300),
+    "MLP, Scalar RMSProp": Case(mlp, _scalar(0.03), 20, 300),
+    "CNN, Scalar RMSProp": Case(cnn, _scalar(0.03), 20, 300),
+    "Transformer, Scalar RMSProp": Case(transformer, _scalar(0.03), 20, 300),
+    "MLP, RMSProp": Case(mlp, _rmsprop(1e-3), 60, 300),
+    "CNN, RMSProp": Case(cnn, _rmsprop(1e-3), 60, 300),
+    "Transformer, RMSProp": Case(transformer, _rmsprop(1e-3), 60, 300),
+}
+
+
+def rows(name: str, flows: list[str]) -> Iterator[list[str]]:
+    """One row for each flow that can be had for the case's optimizer."""
+    case = CASES[name]
+    problem, steps = case.problem(), case.steps
+    times = range(0, steps + 1, EVERY)
+    run = problem.train(steps, sharpness_every=EVERY, throw=False)
+    if run.result != cf.RESULTS.successful:
+        yield [name, "-", f"the run diverges at step {run.times.size}", *[""] * 5]
+        return
+    average = lambda x: cf.time_average(np.asarray(x), WINDOW)
+    size = average(np.r_[0, run.trace_covariance[1:]])
+    onset = int(np.argmax(size > size.max() / 2))
+    begin, end = max(1, onset - ONSET // 2), min(steps, onset + ONSET // 2)
+    measured = np.asarray(run.sharpness)[::EVERY, 0]
+    stable = problem.predict(steps, flow=FLOWS["stable"])
+    far = cf.compare(run, stable).weight_distance
+    for flow in flows:
+        if flow == "edge" and not isinstance(case.optimizer, cf.GradientDescent):
+            continue
+        flown = problem.predict(
+            steps, flow=FLOWS[flow], weight_times=times, throw=False
+        )
+        if flown.result != cf.RESULTS.successful:
+            reached = float(flown.times[-1])
+            yield [name, flow, f"fails at step {reached:g}", *[""] * 5]
+            continue
+        error = np.abs(average(flown.mean_loss) / average(run.mean_loss) - 1)
+        sharpness = np.array([_sharpness(problem, flown, w) for w in flown.weights])
+        wrong = np.abs(sharpness / measured - 1)
+        percent = lambda x: f"{100 * np.mean(x):.2g} %"
+        yield [
+            f"{name} (onset {onset})",
+            flow,
+            percent(error[1:-1]),
+            percent(error[begin:end]),
+            percent(error[end:-1]),
+            f"{cf.compare(run, flown).weight_distance / far:.2f}",
+            percent(wrong) if isinstance(case.optimizer, cf.GradientDescent) else "-",
+            f"{float(flown.gradient_equivalents) / steps:.2g}",
+        ]
+
+
+def _sharpness(problem: Problem, flown: cf.Trajectory, weights: Any) -> float:
+    """The largest eigenvalue of P^-1 H, for a P that does not depend on the state."""
+    if not isinstance(problem.optimizer, cf.GradientDescent):
+        return np.nan
+    _, flat = problem.objective.flatten(problem.model)
+    model = flat.model(weights)
+    state = flown.optimizer_state
+    return float(
+        cf.sharpness(problem.objective, model, problem.optimizer, state).values[0]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--flow", nargs="+", choices=FLOWS, default=list(FLOWS))
+    arguments = parser.parse_args()
+    heading("Errors of the flows as models of the optimizer")
+    found = []
+    for name in arguments.case:
+        for row in rows(name, arguments.flow):
+            print("; ".join(row), flush=True)
+            found.append(row)
+    print("\n".join(table_lines(HEAD, found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Runs of one problem on one device and sharded over all, for `test_sharding.py`.
+
+python -m tests.sharded_runs FOLDER run,flow                  in one process
+python -m tests.sharded_runs FOLDER run,flow ADDRESS PROCESS  in each of two
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import centralflow as cf
+
+from .problems import tiny_loss, tiny_network
+
+RATE = 0.584
+
+
+def trajectories(names, *problem):
+    make = dict(
+        run=lambda: cf.train(*problem, 60, sharpness_every=20),
+        flow=lambda: cf.predict(*problem, 60),
+    )
+    return {name: make[name]() for name in names.split(",")}
+
+
+def sharded(model, data):
+    """The examples and the units of the network, spread over all devices."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    sharding = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    first, count = jax.process_index(), jax.process_count()
+
+    def examples(x):
+        here = np.array_split(np.asarray(x), count)[first]
+        return jax.make_array_from_process_local_data(sharding("data"), here)
+
+    axes = dict(A=("data", None), b=("data",), C=(None, "data"))
+    model = {k: jax.device_put(v, sharding(*axes[k])) for k, v in model.items()}
+    return model, jax.tree.map(examples, data)
+
+
+def main(folder, names, address=None, process=None):
+    if address is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, 2, int(process))
+    model, data = tiny_network("float64", width=16, examples=64, inputs=6)
+    objective = cf.Objective(tiny_loss, data)
+    optimizer = cf.GradientDescent(RATE)
+    for name, one in trajectories(names, objective, model, optimizer).items():
+        one.save(Path(folder) / f"{name}-one.npz")
+    model, data = sharded(model, data)
+    objective = cf.Objective(tiny_loss, data, microbatch_size=16)
+    spread = trajectories(names, objective, model, optimizer)
+    for name, many in spread.items():
+        assert not many.weights.sharding.is_fully_replicated
+        for key, value in many.model.items():
+            assert value.sharding.spec == model[key].sharding.spec, key
+        many.save(Path(folder) / f"{name}-many.npz")
+    if "flow" in spread:
+        assert cf.compare(spread["run"], spread["flow"]).weight_distance < 1
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
