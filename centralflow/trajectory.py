@@ -174,8 +174,8 @@ class Trajectory(eqx.Module):
         except Exception as error:  # a file that fits can be wrong in many ways
             raise ValueError(
                 f"`path`: {os.fspath(path)!r}, written by centralflow "
-                f"{header.get('version', 'of unknown version')}, is not a trajectory: "
-                f"{error} is missing, or wrong."
+                f"{header.get('version', 'of unknown version')}, is not a trajectory "
+                f"({type(error).__name__}: {error})."
             ) from error
         return Trajectory(
             **fields,

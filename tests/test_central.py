@@ -359,7 +359,7 @@ def test_the_response_of_the_constraint_is_self_adjoint(optimizer):
 
     def response(x):
         X = jnp.zeros((6, 6)).at[rows, columns].add(x / 2).at[columns, rows].add(x / 2)
-        rate = term.rate(y, e.slope, term.forcing(y, e, X))
+        rate = term.rate(y, e.slope, term.forcing(y, e, X), jnp.zeros(()))
         C = term.constraint_rate(y, e, rate)
         return jnp.where(rows == columns, 1, 2) * C[rows, columns]
 
