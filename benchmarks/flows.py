@@ -90,6 +90,18 @@ CASES = {
     "MLP, RMSProp": Case(mlp, _rmsprop(1e-3), 60, 300),
     "CNN, RMSProp": Case(cnn, _rmsprop(1e-3), 60, 300),
     "Transformer, RMSProp": Case(transformer, _rmsprop(1e-3), 60, 300),
+    "MLP, heavy ball": Case(mlp, cf.HeavyBall(0.5, 0.9), 40, 300),
+    "CNN, heavy ball": Case(cnn, cf.HeavyBall(0.1, 0.9), 40, 300),
+    "Transformer, heavy ball": Case(transformer, cf.HeavyBall(0.1, 0.9), 40, 300),
+    "MLP, Nesterov": Case(mlp, cf.Nesterov(0.3, 0.9), 40, 300),
+    "CNN, Nesterov": Case(cnn, cf.Nesterov(0.1, 0.9), 40, 300),
+    "Transformer, Nesterov": Case(transformer, cf.Nesterov(0.1, 0.9), 40, 300),
+    "MLP, Adam": Case(mlp, cf.Adam(5e-3, 0.9, 0.99), 100, 300),
+    "CNN, Adam": Case(cnn, cf.Adam(5e-3, 0.9, 0.99), 100, 300),
+    "Transformer, Adam": Case(transformer, cf.Adam(5e-3, 0.9, 0.99), 100, 300),
+    "MLP, NAdam": Case(mlp, cf.NAdam(3e-3, 0.9, 0.99), 60, 300),
+    "CNN, NAdam": Case(cnn, cf.NAdam(3e-3, 0.9, 0.99), 60, 300),
+    "Transformer, NAdam": Case(transformer, cf.NAdam(3e-3, 0.9, 0.99), 60, 300),
 }
 
 
