@@ -24,6 +24,8 @@ from .running import Clock, Pace
 from .sharding import is_first_process, on_host
 from .solvers import Pause, PausingController, PausingState
 
+_NO_LIMIT = 2**31 - 1  # steps
+
 Rows = dict[str, PyTree[Array | np.ndarray]]  # series, or weights, by `t`
 
 
@@ -126,7 +128,7 @@ def integrate(
                         True,
                         no_failure(),
                     )
-                left = np.inf if max_steps is None else max_steps - made()
+                left = _NO_LIMIT if max_steps is None else max_steps - made()
                 if left <= 0:
                     failure = _out_of_steps(now, max_steps)
                     paused = False
@@ -134,7 +136,8 @@ def integrate(
                     break
                 step = int(now.controller.steps)
                 pause = Pause(
-                    jnp.int32(step + min(pace.steps, left)),
+                    jnp.int32(step + pace.steps),
+                    jnp.int32(min(step + left, _NO_LIMIT)),
                     jnp.asarray(file.stop(float(now.time)), end.dtype),
                     end,
                 )
@@ -176,8 +179,9 @@ def integrate_at_once(
 ) -> tuple[Progress, Rows, Rows, Failure]:
     """The same while JAX traces it: without pauses, a file, or a larger block."""
     now, _ = _begin(problem, weights, optimizer_state, solver_state, end, None)
-    most = jnp.iinfo(jnp.int32).max if max_steps is None else max_steps
-    limit = Pause(jnp.int32(most), jnp.full_like(end, jnp.inf), end)
+    most = _NO_LIMIT if max_steps is None else max_steps
+    never = jnp.int32(_NO_LIMIT), jnp.full_like(end, jnp.inf)
+    limit = Pause(never[0], jnp.int32(most), never[1], end)
     now, series, snapshots, failure, out = _integrate(problem, now, times, kept, limit)
     failure = choose(out, _out_of_steps(now, most), failure)
     return now, series, snapshots, failure
