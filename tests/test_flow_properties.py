@@ -111,9 +111,11 @@ def _complementarity(problem):
     total, rounding = np.sum(X, axis=1), 4 * np.finfo(np.float32).eps * flow.loss
     added = np.asarray(flow.mean_loss - flow.loss)
     assert np.all(np.abs(added - total) <= VIOLATION * np.max(total) + rounding)
-    # The network that does not count has not moved.
-    dead = np.asarray(flow.weights[:, SIZE:])
-    np.testing.assert_array_equal(dead, np.broadcast_to(dead[0], dead.shape))
+    # The network that does not count has moved by no more than the noise, a share of
+    # 1e-3, from which the Krylov space of the response starts.
+    moved = np.linalg.norm(flow.weights - flow.weights[0], axis=0)
+    live, dead = np.linalg.norm(moved[:SIZE]), np.linalg.norm(moved[SIZE:])
+    assert dead <= 1e-3 * live
 
 
 @_examples(8, 100)

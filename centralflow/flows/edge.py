@@ -93,7 +93,9 @@ class EdgeFlow(AbstractFlow):
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         return term.vector_field.ends.observe(y)
 
-    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+    def work(
+        self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
+    ) -> Work:
         # As of rod flow.
         fields = 6 * solution.stats["num_steps"] + 1
         return Work(gradients=2 * fields + 2 + 3 * (reports + 1))

@@ -124,7 +124,9 @@ class RodFlow(AbstractFlow):
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         return term.vector_field.ends.observe(y)
 
-    def work(self, start: Any, solution: diffrax.Solution, reports: int) -> Work:
+    def work(
+        self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
+    ) -> Work:
         # Tsit5 has seven stages, the first of which is the last of the step before. To
         # start takes two gradients, and a report three; one more is of the start. (If
         # the very first step is rejected, its first stage is evaluated once more.)
