@@ -135,7 +135,12 @@ def or_divergence(
 ) -> Failure:
     """Call it divergence if the loss had risen from `start` so far that this is why it,
     or its gradient, or the next step, was lost."""
-    codes = (RESULTS.nonfinite_loss, RESULTS.nonfinite_gradient, RESULTS.dt_min_reached)
+    codes = (
+        RESULTS.nonfinite_loss,
+        RESULTS.nonfinite_gradient,
+        RESULTS.dt_min_reached,
+        RESULTS.eigensolver_failed,  # of a Hessian as large as the loss
+    )
     could = jnp.any(jnp.stack([failure.result == code for code in codes]))
     grown = jnp.abs(last) > _GROWN * jnp.abs(start)
     result = RESULTS.where(could & grown, RESULTS.diverged, failure.result)
