@@ -373,7 +373,9 @@ def _after(times: Float[Array, " T"], rows: list[Rows]) -> Float[Array, " T"]:
     """The times that are not among the rows, and as many NaN, which never come: the
     shape is always the same, and with it the program."""
     done = sum(len(x["t"]) for x in rows)
-    return jnp.asarray(np.append(on_host(times)[done:], np.full(done, np.nan)))
+    return jnp.asarray(
+        np.append(on_host(times)[done:], np.full(done, np.nan)), times.dtype
+    )
 
 
 def _saved(rows: Rows) -> list[Rows]:
