@@ -159,33 +159,11 @@ def test_second_order_for_a_schedule_and_a_second_moment():
     np.testing.assert_allclose(rod.step_sizes, run.step_sizes, rtol=1e-2)
 
 
-class _HeavyBall(cf.AbstractOptimizer):
-    """m <- beta m + g, then w <- w - eta m."""
-
-    learning_rate: jax.Array
-    beta: jax.Array
-
-    def init(self, weights):
-        return jnp.zeros_like(weights)
-
-    def update_state(self, state, gradient):
-        return self.beta * state + gradient
-
-    def state_rate(self, state, gradient, gradient_sq):
-        raise NotImplementedError  # of the state after the gradient: not used
-
-    def preconditioner(self, state):
-        return 1 / self.learning_rate
-
-    def velocity(self, weights, state, gradient):
-        return -state * self.learning_rate
-
-
 @pytest.mark.usefixtures("x64")
 def test_momentum():
     """Heavy ball on a quadratic: rho^2 - (1 + beta - s) rho + beta = 0, with one root
     at -1 where s = 2 (1 + beta)."""
-    optimizer, start = _HeavyBall(jnp.array(1.0), jnp.array(0.5)), jnp.array([0.1, 1.0])
+    optimizer, start = cf.HeavyBall(1.0, 0.5), jnp.array([0.1, 1.0])
     for s in (2.96, 3.1):
         flown = cf.predict(
             _quadratic([s, 0.3]), start, optimizer, 60, flow=cf.RodFlow(), rtol=1e-6

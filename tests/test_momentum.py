@@ -242,6 +242,31 @@ def test_at_rest_at_the_edge(optimizer, flow, tolerance):
     np.testing.assert_allclose(end.model, z[:2], rtol=tolerance)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", [cf.Adam, cf.NAdam])
+def test_the_oscillation_that_holds_nu_up(kind):
+    """L = h w^2 / 2: nu falls until P^-1 h = kappa, P = sqrt(nu) / eta. There it is
+    held by nu = E[g^2] = h^2 sigma^2: sigma = eta / kappa, whatever h; X = P sigma^2.
+    """
+    eta, h = 0.1, 3.0
+    optimizer = kind(eta, 0.9, 0.95, eps=0.0, bias_correction=False)
+    objective = cf.Objective(lambda w: h * jnp.sum(w**2) / 2)
+    end = cf.predict(
+        objective, jnp.array([1.0]), optimizer, 500, times=[0, 400, 500],
+        flow=cf.CentralFlow(substeps=4, block_size=1), coordinates=[0],
+    )  # fmt: skip
+    kappa = float(optimizer.critical_sharpness)
+    # w itself is gone: it decays with sqrt(0.9) per step, and nu with 0.95.
+    np.testing.assert_allclose(end.sharpness[1:, 0], kappa, rtol=1e-6)
+    np.testing.assert_allclose(end.trace_covariance[1:], (eta / kappa) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        end.gradient_sq[1:, 0], (h * eta / kappa) ** 2, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        end.oscillation[1:, 0], h / kappa * (eta / kappa) ** 2, rtol=1e-6
+    )
+
+
 def test_momentum_needs_two_fixed_steps():
     objective, optimizer = cf.Objective(_valley), cf.HeavyBall(0.3, 0.9)
     start = jnp.array([0.01, 1.0])
