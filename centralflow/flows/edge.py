@@ -5,16 +5,15 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer, GradientDescent
-from .base import AbstractFlow, FlowState, Work
-from .ends import Ends, Rod, check_oscillation
-from .stable import StableFlow
+from .base import FlowState, Work
+from .ends import AbstractEndsFlow, Ends, Rod
 
 
-class EdgeFlow(AbstractFlow):
+class EdgeFlow(AbstractEndsFlow):
     """Edge flow: a centre c and the oscillation a around it. With the gradients g+ and
     g- at the ends c + a and c - a,
 
@@ -42,20 +41,6 @@ class EdgeFlow(AbstractFlow):
     #
     # the sign being that of (-1)^k. Where a mode with s = eta lambda alternates,
     # a_{k+1} = (s - 1) a_k, and the rate s - 2 is its log to first order at the edge.
-    stable: StableFlow = StableFlow()
-
-    @property
-    def delay(self) -> int:
-        return 0
-
-    def first(
-        self,
-        objective: FlatObjective,
-        optimizer: AbstractOptimizer,
-        weights: Float[Array, " n"],
-        optimizer_state: PyTree[Array],
-    ) -> FlowState:
-        return FlowState(weights, optimizer_state, {})
 
     def term(
         self,
@@ -74,24 +59,6 @@ class EdgeFlow(AbstractFlow):
         return diffrax.ODETerm(
             _EdgeField(Ends(objective, optimizer, metrics, coordinates))
         )
-
-    def tolerance(self, rtol: float | None) -> float:
-        return self.stable.tolerance(rtol)
-
-    def solver(self) -> diffrax.AbstractSolver:
-        return self.stable.solver()
-
-    def stepsize(
-        self, rtol: Float[Array, ""] | None
-    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        return self.stable.stepsize(rtol)
-
-    def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
-        check_oscillation(y, previous)
-        return (term.vector_field.ends.start(y) if previous is None else y), None
-
-    def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
-        return term.vector_field.ends.observe(y)
 
     def work(
         self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]

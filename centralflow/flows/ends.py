@@ -4,6 +4,7 @@ between."""
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
-from .base import FlowState
+from .base import AbstractFlow, FlowState
+from .stable import StableFlow
 
 
 class Oscillation(eqx.Module):
@@ -165,6 +167,41 @@ def rounding(
     return info.eps / 4 * size / length + info.tiny**0.5
 
 
-def check_oscillation(y: FlowState, previous: Any) -> None:
-    if previous is not None and y.oscillation is None:
-        raise ValueError("`solver_state` is that of another flow.")
+# Explicit and adaptive, as the stable flow is.
+_STABLE = StableFlow()
+
+
+class AbstractEndsFlow(AbstractFlow):
+    """A flow of a centre and two ends, whose vector field has them as `ends`."""
+
+    @property
+    def delay(self) -> int:
+        return 0
+
+    def first(
+        self,
+        objective: FlatObjective,
+        optimizer: AbstractOptimizer,
+        weights: Float[Array, " n"],
+        optimizer_state: PyTree[Array],
+    ) -> FlowState:
+        return FlowState(weights, optimizer_state, {})
+
+    def tolerance(self, rtol: float | None) -> float:
+        return _STABLE.tolerance(rtol)
+
+    def solver(self) -> diffrax.AbstractSolver:
+        return _STABLE.solver()
+
+    def stepsize(
+        self, rtol: Float[Array, ""] | None
+    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
+        return _STABLE.stepsize(rtol)
+
+    def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
+        if previous is not None and y.oscillation is None:
+            raise ValueError("`solver_state` is that of another flow.")
+        return (term.vector_field.ends.start(y) if previous is None else y), None
+
+    def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
+        return term.vector_field.ends.observe(y)

@@ -6,16 +6,15 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
-from .base import AbstractFlow, FlowState, Work
-from .ends import Ends, Rod, check_oscillation
-from .stable import StableFlow
+from .base import FlowState, Work
+from .ends import AbstractEndsFlow, Ends, Rod
 
 
-class RodFlow(AbstractFlow):
+class RodFlow(AbstractEndsFlow):
     """Rod flow: the centre z of the iterates and the half distance a between two of
     them, along which they jump to and fro. With one step of the optimizer z -> z + V(z)
     in the space of weights and state, V+ and V- at the ends z + a and z - a, DV+ and
@@ -80,20 +79,6 @@ class RodFlow(AbstractFlow):
     #
     # K q is taken over a distance as long as a, so that K is the same, and of one
     # direction that oscillates da/dt = q^2 / (4 a) - a is that of rod flow exactly.
-    stable: StableFlow = StableFlow()
-
-    @property
-    def delay(self) -> int:
-        return 0
-
-    def first(
-        self,
-        objective: FlatObjective,
-        optimizer: AbstractOptimizer,
-        weights: Float[Array, " n"],
-        optimizer_state: PyTree[Array],
-    ) -> FlowState:
-        return FlowState(weights, optimizer_state, {})
 
     def term(
         self,
@@ -105,24 +90,6 @@ class RodFlow(AbstractFlow):
     ) -> diffrax.ODETerm:
         ends = Ends(objective, optimizer, metrics, coordinates)
         return diffrax.ODETerm(_RodField(ends))
-
-    def tolerance(self, rtol: float | None) -> float:
-        return self.stable.tolerance(rtol)
-
-    def solver(self) -> diffrax.AbstractSolver:
-        return self.stable.solver()
-
-    def stepsize(
-        self, rtol: Float[Array, ""] | None
-    ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        return self.stable.stepsize(rtol)
-
-    def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
-        check_oscillation(y, previous)
-        return (term.vector_field.ends.start(y) if previous is None else y), None
-
-    def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
-        return term.vector_field.ends.observe(y)
 
     def work(
         self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]
