@@ -59,11 +59,14 @@ def _unit(rows: Float[Array, "m n"]) -> Float[Array, "m n"]:
 
 
 def _orthonormalise(
-    rows: Float[Array, "b n"], basis: Float[Array, "m n"]
+    rows: Float[Array, "b n"],
+    basis: Float[Array, "m n"],
+    empty: bool | Bool[Array, ""] = False,
 ) -> tuple[Float[Array, "b n"], Int[Array, ""]]:
     """Orthonormal rows spanning what `rows` (of norm one or zero) adds to `basis`.
 
-    They come first, and are followed by zeros; also returned is their number.
+    They come first, and are followed by zeros; also returned is their number. An
+    `empty` basis is zero.
     """
     # With S = rows - rows basisᵀ basis and S Sᵀ = U Λ Uᵀ, the rows of Λ^-½ Uᵀ S are
     # orthonormal. Unlike QR this is only products of long matrices, which shard over n,
@@ -74,7 +77,8 @@ def _orthonormalise(
 
     def once(_, carry):
         rows, _ = carry
-        rows = rows - _matmul(_matmul(rows, basis.T), basis)
+        across = lambda: rows - _matmul(_matmul(basis, rows.T).T, basis)
+        rows = lax.cond(empty, lambda: rows, across)
         λ, U = jnp.linalg.eigh(_matmul(rows, rows.T))
         λ, U = λ[::-1], U[:, ::-1]
         scale = jnp.where(λ > cutoff, lax.rsqrt(jnp.maximum(λ, cutoff)), 0)
@@ -185,7 +189,7 @@ def top_eigenpairs(
     # The first pass takes the start for its search directions and is no sweep yet: so
     # the operator, usually a large program, is compiled once.
     def sweep(state):
-        new, rank = _orthonormalise(state.search, state.basis)
+        new, rank = _orthonormalise(state.search, state.basis, state.size == 0)
         new_images = operator(new, rank)
         zero = jnp.zeros_like(state.size)
         basis = lax.dynamic_update_slice(state.basis, new, (state.size, zero))

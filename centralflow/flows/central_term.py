@@ -411,7 +411,8 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         P = self.optimizer.preconditioner(y.optimizer_state)
         weights = stiff.slowed(rate.weights, P, dt)
         rate = FlowState(weights, rate.optimizer_state, rate.observables)
-        rate.observables["smooth"]["loss"] = slope.gradient @ weights
+        if rate.observables:
+            rate.observables["smooth"]["loss"] = slope.gradient @ weights
         return rate
 
     def responder(
@@ -475,11 +476,22 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     ) -> Bool[Array, ""]:
         return (after.held > 0) & ((before.held == after.held) | (onset > 0))
 
-    def onset(self, before: Expansion, predicted: Expansion) -> Float[Array, ""]:
-        left = self.optimizer.critical_sharpness - before.sharpness[0]
-        rise = predicted.sharpness[0] - before.sharpness[0]
-        jumps = (before.held == 0) & (left > 0) & (rise > left)
-        return jnp.where(jumps, jnp.minimum(left / jnp.where(jumps, rise, 1), 0.9), 0)
+    def onset(
+        self, before: Expansion, start: Expansion, predicted: Expansion, ratio: Any
+    ) -> Float[Array, ""]:
+        last, here, ahead = (e.sharpness[0] for e in (before, start, predicted))
+        left, rise = self.optimizer.critical_sharpness - here, ahead - here
+        jumps = (start.held == 0) & (left > 0) & (rise > left)
+        # Where the parabola through the three is at the edge, made monotone:
+        # left = x rise - x (1 - x) bend.
+        known = ratio > 0
+        r = jnp.where(known, ratio, 1)
+        bend = jnp.where(known, (rise - (here - last) * r) / (1 + 1 / r), 0)
+        bend = jnp.clip(bend, -rise, rise)
+        slope = rise - bend
+        root = jnp.sqrt(jnp.maximum(slope**2 + 4 * bend * left, 0))
+        x = 2 * left / jnp.where(jumps, slope + root, 1)
+        return jnp.where(jumps, jnp.minimum(x, 0.9), 0)
 
     def damped(
         self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]

@@ -26,6 +26,7 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     y1: FlowState
     rate0: FlowState
     rate1: FlowState
+    mean: Any
     before: FlowState
     ratio: Any
     onset: Any
@@ -54,8 +55,11 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         )
         smooth["sharpness"] = smooth["sharpness"].at[0].set(first)
         oscillating = jax.tree.map(
-            lambda v: jnp.where(x >= self.onset, v, 0),
-            linear.observables["oscillating"],
+            lambda a, b, mean: jnp.where(
+                x >= self.onset, with_mean(x, a, b, mean), jnp.zeros_like(a)
+            ),
+            *(y.observables["oscillating"] for y in ys),
+            self.mean,
         )
         observables = {
             **linear.observables,
@@ -107,3 +111,12 @@ def _limited(slope: Float[Array, "*n"], mean: Float[Array, "*n"]) -> Float[Array
     distance = jnp.linalg.norm(away)
     far = distance > length
     return mean + away * jnp.where(far, length / jnp.where(far, distance, 1), 1)
+
+
+def with_mean(x: Array, a: Array, b: Array, mean: Array) -> Array:
+    """The parabola from a to b with that mean over [0, 1]. Between (a + b) / 3 and
+    twice that, it has the sign of a and b, and is monotone if one of them is zero."""
+    middle = (a + b) / 2
+    most = jnp.abs(middle) / 3
+    excess = jnp.clip(mean - middle, -most, most)
+    return a + x * (b - a) + 6 * x * (1 - x) * excess

@@ -1,6 +1,7 @@
 """Long steps of a stiff differential equation with a complementarity constraint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import diffrax
@@ -29,6 +30,7 @@ class _State(eqx.Module):
     y_before: Any  # and the state
     mean_forcing: PyTree[Array]  # over the last step
     forcing: PyTree[Array]  # at its end
+    mean_of_X: PyTree[Array]  # the observables of X, over the last step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
@@ -69,8 +71,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
     factor dt lambda, and X would lag behind what the constraint asks for; were it that
     of the mean rate, X would overshoot from step to step.
 
-    The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    linear in a step; or, where the first row becomes tight, jump.
+    The observables of y have `smooth` and `oscillating` parts. The latter are linear in
+    X. Their mean over a step is known better than their values at its ends: like that
+    of the forcing, which the constraint determines. Or, where the first row becomes
+    tight, they jump.
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -116,6 +120,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             mean,
             forcing,
+            _of_X(y0),
             stiff,
             dt=dt,
             memory=dt,
@@ -150,7 +155,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
             R, longest = polynomial(reach)
             rate = lambda y: rate_of(y, term.slope(y), s.forcing)
-            predicted = add(y0, rkc2(rate, y0, rate0, dt, R))
+            # Dozens of scalars would cost each stage more than they are worth.
+            bare, bare_rate = (replace(x, observables={}) for x in (y0, rate0))
+            predicted = add(bare, rkc2(rate, bare, bare_rate, dt, R))
+            predicted = replace(predicted, observables=y0.observables)
             stages, possible, middle = R.stages, reach <= longest, None
 
         # 2. What is there.
@@ -166,7 +174,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         # 3. The multiplier.
         # A linear function of mean m1 over dt, and m0 over the dt0 before, ends at
         # m1 + (m1 - m0) dt / (dt + dt0).
-        onset = term.onset(s.expansion, e)
+        onset = term.onset(s.before, s.expansion, e, ratio)
         rho = jnp.where((s.memory > 0) & (onset == 0), dt / (dt + s.memory), 0)
         usable = lambda before: (rho > 0) & jnp.isfinite(before)
         mean = lambda last, before: tree_map(
@@ -244,21 +252,22 @@ class ProjectedRKC(diffrax.AbstractSolver):
         failure = first_of(s.failure.at(t0), failure.at(t1))
         error = jnp.where(failure.failed, jnp.inf, error)
 
-        # The observables of X, linear between the ends of steps. If they were zero
-        # before, or not known, they are zero up to the onset and constant thereafter.
+        # The observables of X. If they were zero before, or not known, they are zero up
+        # to the onset and constant thereafter.
         within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
-        of_X = lambda y: y.observables["oscillating"]
-        y1 = eqx.tree_at(of_X, y1, within(of_X(y1)))
+        y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
+        mean_of_X = mean(_of_X(y1), s.mean_of_X)
         begins = (s.dt == 0) | term.begins(s.expansion)
-        first = tree_map(lambda a, b: jnp.where(begins, b, a), of_X(y0), of_X(y1))
+        first = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), _of_X(y1))
         y_error = eqx.tree_at(
             lambda y: [y.observables[k] for k in ("error", "approach", "work")],
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
         info = dict(
-            y0=eqx.tree_at(of_X, y0, first),
+            y0=eqx.tree_at(_of_X, y0, first),
             y1=y1,
+            mean=mean_of_X,
             rate0=rate0,
             rate1=rate1,
             before=s.y_before,
@@ -272,6 +281,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             within(mean_forcing),
             within(forcing),
+            mean_of_X,
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
@@ -284,3 +294,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
+
+
+def _of_X(y: PyTree) -> Any:
+    return y.observables["oscillating"]

@@ -183,9 +183,12 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         as at its end."""
 
     @abc.abstractmethod
-    def onset(self, before: Any, predicted: Any) -> Float[Array, ""]:
-        """When in a step that nothing was held before, from 0 to 1, the first row
-        becomes tight; zero if something was, or none does."""
+    def onset(
+        self, before: Any, start: Any, predicted: Any, ratio: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """When in a step at whose start nothing was held, from 0 to 1, the first row
+        becomes tight; zero if something was, or none does. From the expansions one step
+        `before`, at the start and at the predicted end; `ratio` as above."""
 
     @abc.abstractmethod
     def damped(
