@@ -13,7 +13,7 @@ def curve(a, b, mean):
     return np.asarray(with_mean(*(jnp.asarray(v, float) for v in (X, a, b, mean))))
 
 
-@pytest.mark.parametrize("a, b, mean", [(3, 1, 2.2), (3, 1, 1.5), (0, 2, 1.3)])
+@pytest.mark.parametrize(("a", "b", "mean"), [(3, 1, 2.2), (3, 1, 1.5), (0, 2, 1.3)])
 def test_has_its_ends_and_its_mean(x64, a, b, mean):
     """Simpson's rule is exact for parabolas."""
     y = curve(a, b, mean)

@@ -128,7 +128,7 @@ def test_the_multiplier_of_a_changing_drift():
     All is linear in time, as a step takes the forcing to be, so X is exact at the ends
     of steps and between. Were it a mean over steps, it would lag by half of one. But q
     is behind its equilibrium by q1 / (eta h), of which a long step leaves up to 0.5;
-    where the length dt of steps changes, X makes up for that: by a q1 / (eta^2 h dt)."""
+    where the length dt of steps changes, X makes up for it by a q1 / (eta^2 h dt)."""
     eta, b0, b1, h, a = 0.5, 0.02, 2e-4, 3.0, 1.0
     c = 1 / eta - b1 * 2 / eta  # dz/dt = eta (c + b1 y) is nearly one
 
