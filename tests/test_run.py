@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import centralflow as cf
 from centralflow import running
 from centralflow.__main__ import app
-from centralflow.cli import errors, options, problem, processes, settings, store
+from centralflow.cli import errors, options, problem, processes, settings, show, store
 
 TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
 SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
@@ -50,6 +50,20 @@ def assert_same(folder, other):
     for name, values in wanted.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
     assert attributes == others
+
+
+EVERY_STEP = ("--log-every", 1, "--eigenvalues-every", 2)
+EVERY_STEP = (*EVERY_STEP, "--processes", "discrete,central,stable")
+EVERY_STEP = (*EVERY_STEP, "--eigenvalues-of", "midpoint,discrete,stable")
+
+
+@pytest.fixture(scope="module")
+def logged_at_every_step(tmp_path_factory):
+    """The run of `finished`, with eigenvalues of more processes."""
+    folder = tmp_path_factory.mktemp("every")
+    result = invoke("run", "--output", folder, *SHORT, *EVERY_STEP)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +261,74 @@ def test_plot_and_compare(finished):
     assert f"{100 * apart / whole:.3g} %" in row
 
 
+def test_what_is_compared_does_not_depend_on_what_is_logged(
+    finished, logged_at_every_step
+):
+    """Averages are over optimizer steps, at each of which the loss is kept, whatever
+    --log-every is. The stable flow alone is interpolated."""
+    some, every = (
+        show.trajectories(store.Log.read(folder))
+        for folder in (finished[0], logged_at_every_step)
+    )
+    for flow in ("central", "stable"):
+        # Over a window of one step a row's distance would show.
+        for window in (1, 4, None):
+            found, wanted = (
+                cf.compare(runs["discrete"], runs[flow], window=window)
+                for runs in (some, every)
+            )
+            assert (found.window, found.steps) == (wanted.window, wanted.steps)
+            between = 0.0
+            if flow == "stable":
+                # Of a line through two rows at the step between them, in log L.
+                logs = np.log(np.asarray(every[flow].loss))
+                between = np.max(np.abs(np.diff(logs, 2)[::2])) / 2
+                assert between < 0.05
+            for name in ("loss_error", "max_loss_error"):
+                # Of the same run in float32 by another program, times |L'/L| < 2.
+                near = dict(rtol=1e-3, atol=1.5 * between + 1e-4)
+                np.testing.assert_allclose(
+                    getattr(found, name), getattr(wanted, name), **near
+                )
+            np.testing.assert_allclose(
+                found.weight_distance, wanted.weight_distance, rtol=1e-2
+            )
+    found, wanted = (cf.compare(x["discrete"], x["central"]) for x in (some, every))
+    for name in ("sharpness_error", "oscillation_error", "trace_error"):
+        # Differences of numbers with relative errors of the eigensolver's 1e-4.
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(wanted, name), rtol=1e-2, atol=1e-3
+        )
+
+
+def test_eigenvalues_of_iterates_and_of_the_stable_flow(logged_at_every_step):
+    """They are those of the Hessian, which there is small enough to write down."""
+    arrays, _ = read(logged_at_every_step)
+    model = cf.models.MLP(64, 10, width=5, key=jax.random.key(0))
+    images, labels = cf.data.digits(30)
+    objective = cf.Objective(cf.losses.squared_error, (images, labels))
+    optimizer = cf.GradientDescent(0.8)
+    run = cf.train(objective, model, optimizer, 12, weight_times=range(13))
+    flow = cf.predict(
+        objective, model, optimizer, 12, flow=cf.StableFlow(), weight_times=range(13)
+    )
+    _, flat = objective.flatten(model)
+    for name, weights in (
+        ("discrete/iterate_sharpness", run.weights),
+        ("stable/sharpness", flow.weights),
+    ):
+        assert arrays[name].shape == (13, 2)
+        measured = np.isfinite(arrays[name]).all(axis=1)
+        np.testing.assert_array_equal(measured, np.arange(13) % 2 == 0)
+        for step in (0, 6, 12):
+            H = np.asarray(jax.jit(jax.hessian(flat.loss))(weights[step]))
+            wanted = 0.8 * np.linalg.eigvalsh(H)[::-1][:2]
+            # Of second order in the residual, 1e-2 of the largest; and the flows are
+            # integrated in other stretches, to 1e-3.
+            np.testing.assert_allclose(arrays[name][step], wanted, rtol=5e-3)
+    assert "midpoint/sharpness" not in arrays
+
+
 @pytest.mark.parametrize("command", ["plot", "compare"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_no_run(command, damage, finished, tmp_path):
@@ -306,6 +388,103 @@ def test_rmsprop_with_schedule_and_warm_start(tmp_path):
         )
 
 
+def test_shapes_of_the_schedule():
+    at = lambda rate: [float(rate(jnp.float32(t))) for t in (0, 4, 6.5, 9, 12)]
+    line = problem.Schedule(0.01, 4, 9, 0.2, "linear")
+    assert at(line) == pytest.approx([0.002, 0.01, 0.006, 0.002, 0.002])
+    constant = problem.Schedule(0.01, 4, 9, None, "constant")
+    assert at(constant) == pytest.approx([0.002, 0.01, 0.01, 0.01, 0.01])
+
+
+SECOND = dict(beta2=0.97, eps=1e-6, bias_correction=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values"),
+    [
+        (cf.GradientDescent(0.3), {}),
+        (cf.RMSProp(0.3, **SECOND), SECOND),
+        (cf.ScalarRMSProp(0.3, **SECOND), SECOND),
+        (cf.HeavyBall(0.3, 0.8), dict(beta=0.8)),
+        (cf.HeavyBall(0.3, 0.8, averaged=True), dict(beta=0.8, averaged=True)),
+        (cf.Nesterov(0.3, 0.9), {}),
+        (cf.Nesterov(0.3, 0.9, averaged=True), dict(averaged=True)),
+        (cf.Adam(0.005), dict(learning_rate=None)),
+        (cf.Adam(0.3, 0.8, **SECOND), dict(beta1=0.8, **SECOND)),
+        (cf.NAdam(0.003), dict(learning_rate=None)),
+        (cf.NAdam(0.3, 0.8, **SECOND), dict(beta1=0.8, **SECOND)),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, cf.AbstractOptimizer) else "",
+)
+def test_every_optimizer(optimizer, values):
+    """The options make it, and its defaults are the library's."""
+    names = {kind: name for name, (kind, _) in problem._OPTIMIZERS.items()}
+    values = dict(learning_rate=0.3) | values | dict(optimizer=names[type(optimizer)])
+    chosen = settings.complete(settings.from_json(values))
+    assert eqx.tree_equal(problem._optimizer(chosen), optimizer)
+    assert (
+        settings.from_json(json.loads(json.dumps(settings.to_json(chosen)))) == chosen
+    )
+
+
+def test_momentum(tmp_path):
+    """A run with momentum, in blocks, is the optimizer's own; so are its midpoints and
+    its eigenvalues, for a preconditioner of one number for each weight."""
+    arguments = (*TINY, "--optimizer", "adam", "--learning-rate", 0.02, "--beta2", 0.9)
+    arguments += ("--steps", 8, "--log-every", 2, "--checkpoint-every", 4)
+    arguments += ("--warm-start", 2, "--eigenvalues", 2, "--eigenvalues-of", "discrete")
+    arguments += ("--processes", "discrete,midpoint,stable")
+    result = invoke("run", "--output", tmp_path, *arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    arrays, attributes = read(tmp_path)
+    optimizer = cf.Adam(0.02, beta2=0.9)
+    assert attributes["critical_sharpness"] == pytest.approx(38)
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(30))
+    model = cf.models.MLP(64, 10, width=5, key=jax.random.key(0))
+    weights, flat = objective.flatten(model)
+    state, path, eigenvalues = optimizer.init(weights), [], []
+    step = jax.jit(optimizer.update)
+    for t in range(12):
+        path.append(weights)
+        gradient = flat.grad(weights)
+        if t in (2, 6, 10):
+            P = optimizer.preconditioner(optimizer.update_state(state, gradient))
+            H = np.asarray(jax.jit(jax.hessian(flat.loss))(weights))
+            H = H / np.sqrt(np.outer(P, P))
+            eigenvalues.append(np.linalg.eigvalsh(H)[::-1][:2])
+        weights, state = step(weights, state, gradient)
+    path = np.stack(path)
+    near = dict(rtol=1e-3, atol=1e-5)
+    losses = [flat.loss(w) for w in path[2:11:2]]
+    np.testing.assert_allclose(arrays["discrete/loss"], losses, **near)
+    # What the eigensolver leaves is of second order in the residual, 1e-2.
+    found = arrays["discrete/iterate_sharpness"][::2]
+    np.testing.assert_allclose(found, eigenvalues, rtol=5e-3)
+    middle = np.asarray(cf.midpoints(path))[1:][::2]  # from step 2 on
+    middle[0] = path[2]
+    travelled = np.linalg.norm(middle - path[2], axis=1)
+    np.testing.assert_allclose(arrays["distances/start-midpoint"], travelled, **near)
+    apart = arrays["distances/discrete-stable"]
+    assert np.all(apart < 0.7 * arrays["distances/start-discrete"].max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["heavy-ball", "nesterov", "nadam"])
+def test_momentum_of_all_processes(optimizer, tmp_path):
+    """The flows are stopped and go on, and end near the run."""
+    rate = dict(nadam=0.005).get(optimizer, 0.05)
+    arguments = (*SHORT, "--optimizer", optimizer, "--learning-rate", rate)
+    arguments += ("--warm-start", 5, "--schedule", "linear", "--warm-up", 3)
+    result = invoke("run", "--output", tmp_path, *arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    arrays, _ = read(tmp_path)
+    travelled = arrays["distances/start-discrete"][-1]
+    for name in ("central", "stable"):
+        assert arrays[f"distances/discrete-{name}"][-1] < 0.2 * travelled
+        ratio = arrays[f"{name}/mean_loss"][-1] / arrays["discrete/loss"][-1]
+        np.testing.assert_allclose(ratio, 1, atol=0.2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
@@ -314,11 +493,23 @@ def test_rmsprop_with_schedule_and_warm_start(tmp_path):
         (("--processes", "midpoint"), "--processes"),
         (("--processes", "central,central"), "--processes"),
         (("--learning-rate", "nan"), "--learning-rate"),
-        (("--optimizer", "adam"), "--optimizer"),
+        (("--optimizer", "sgd"), "--optimizer"),
+        (("--beta", 0.9), "--beta"),
+        (("--optimizer", "heavy-ball", "--beta", 1.0), "--beta"),
+        (("--optimizer", "heavy-ball", "--beta1", 0.9), "--beta1"),
+        (("--optimizer", "nesterov", "--bias-correction"), "--bias-correction"),
+        (("--optimizer", "adam", "--averaged"), "--averaged"),
+        (("--optimizer", "adam", "--beta", 0.9), "--beta"),
+        (("--optimizer", "adam", "--beta1", 1.5), "--beta1"),
+        (("--optimizer", "nadam", "--beta2", -0.1), "--beta2"),
+        (("--optimizer", "adam", "--substeps", 1), "--substeps"),
+        (("--optimizer", "rmsprop", "--beta2", 0.1, "--substeps", 2), "--substeps"),
         (("--beta2", 0.9), "--beta2"),
         (("--optimizer", "rmsprop", "--beta2", 2.0), "--beta2"),
         (("--optimizer", "rmsprop", "--eps", -1), "--eps"),
         (("--final-rate", 0.1), "--final-rate"),
+        (("--schedule", "linear", "--final-rate", 1.1), "--final-rate"),
+        (("--schedule", "step"), "--schedule"),
         (("--data", "mnist"), "--data"),
         (("--data", "cifar10"), "--path"),
         (("--data", "cifar10", "--path", "{folder}"), "--path"),
@@ -338,6 +529,11 @@ def test_rmsprop_with_schedule_and_warm_start(tmp_path):
         (("--rtol", 0.9), "--rtol"),
         (("--watch", 1000), "--watch"),
         (("--eigenvalues-every", 15), "--eigenvalues-every"),
+        (("--eigenvalues-of", "central"), "--eigenvalues-of"),
+        (
+            ("--processes", "discrete", "--eigenvalues-of", "stable"),
+            "--eigenvalues-of",
+        ),
         (("--checkpoint-every", 15), "--checkpoint-every"),
         (("--resume",), "--resume"),
         (("--resume", "--overwrite"), "--overwrite"),
