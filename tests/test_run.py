@@ -1,5 +1,6 @@
 """`centralflow run`, `plot` and `compare`."""
 
+import dataclasses
 import json
 import os
 import random
@@ -263,41 +264,26 @@ def test_plot_and_compare(finished):
 def test_what_is_compared_does_not_depend_on_what_is_logged(
     finished, logged_at_every_step
 ):
-    """Averages are over optimizer steps, at each of which the loss is kept, whatever
-    --log-every is. The stable flow alone is interpolated."""
+    """Averages are over optimizer steps, at each of which the losses are kept, whatever
+    --log-every is: the same numbers but for the rounding errors of other programs."""
     some, every = (
         show.trajectories(store.Log.read(folder))
         for folder in (finished[0], logged_at_every_step)
     )
     for flow in ("central", "stable"):
-        # Over a window of one step a row's distance would show.
-        for window in (1, 4, None):
+        for window in (1, 4, None):  # without any average, too
             found, wanted = (
                 cf.compare(runs["discrete"], runs[flow], window=window)
                 for runs in (some, every)
             )
             assert (found.window, found.steps) == (wanted.window, wanted.steps)
-            between = 0.0
-            if flow == "stable":
-                # Of a line through two rows at the step between them, in log L.
-                logs = np.log(np.asarray(every[flow].loss))
-                between = np.max(np.abs(np.diff(logs, 2)[::2])) / 2
-                assert between < 0.05
-            for name in ("loss_error", "max_loss_error"):
-                # Of the same run in float32 by another program, times |L'/L| < 2.
-                near = dict(rtol=1e-3, atol=1.5 * between + 1e-4)
-                np.testing.assert_allclose(
-                    getattr(found, name), getattr(wanted, name), **near
-                )
-            np.testing.assert_allclose(
-                found.weight_distance, wanted.weight_distance, rtol=1e-2
-            )
-    found, wanted = (cf.compare(x["discrete"], x["central"]) for x in (some, every))
-    for name in ("sharpness_error", "oscillation_error", "trace_error"):
-        # Differences of numbers with relative errors of the eigensolver's 1e-4.
-        np.testing.assert_allclose(
-            getattr(found, name), getattr(wanted, name), rtol=1e-2, atol=1e-3
-        )
+            for name, value in dataclasses.asdict(wanted).items():
+                if name == "seconds_ratio" or (flow, name[:3]) == ("stable", "sha"):
+                    continue  # the eigenvalues of this one are known to one run only
+                # Differences of numbers that agree to 1e-5, over twelve steps, or, of
+                # the eigensolver, to the square of its residual, 1e-2.
+                near = dict(rtol=1e-3, atol=2e-4, err_msg=f"{flow}, {name}")
+                np.testing.assert_allclose(getattr(found, name), value, **near)
 
 
 def test_eigenvalues_of_iterates_and_of_the_stable_flow(logged_at_every_step):
@@ -322,9 +308,10 @@ def test_eigenvalues_of_iterates_and_of_the_stable_flow(logged_at_every_step):
         for step in (0, 6, 12):
             H = np.asarray(jax.jit(jax.hessian(flat.loss))(weights[step]))
             wanted = 0.8 * np.linalg.eigvalsh(H)[::-1][:2]
-            # Of second order in the residual, 1e-2 of the largest; and the flows are
-            # integrated in other stretches, to 1e-3.
-            np.testing.assert_allclose(arrays[name][step], wanted, rtol=5e-3)
+            # No farther off than the residual, 1e-2 of the largest, and what the flow,
+            # here in one stretch, is integrated to, 1e-3.
+            error = np.abs(arrays[name][step] - wanted)
+            assert np.all(error < 1.2e-2 * wanted[0]), (name, step)
 
 
 @pytest.mark.parametrize("command", ["plot", "compare"])

@@ -320,9 +320,9 @@ class Settings:
         _option(
             "Where to measure them, separated by commas: midpoint, at the midpoints of "
             "the discrete run, with the variances of its oscillation; discrete, at its "
-            "iterates (of a preconditioner with a number for each weight, those of all "
-            "steps between two checkpoints are in memory); stable, along the stable "
-            "flow. Those of the central flow are always logged.",
+            "iterates; stable, along the stable flow. For the latter two, "
+            "preconditioners with a number for each weight are in memory for all steps "
+            "between two checkpoints. Those of the central flow are always logged.",
             callback=_measured,
         ),
     ] = "midpoint"

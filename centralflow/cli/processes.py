@@ -137,9 +137,10 @@ def _advance_flow(
     process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
 ) -> Block:
     wanted = logged_steps(settings, steps)
-    # Between its own steps the central flow is interpolated, at no cost; the stable
-    # flow takes a gradient.
-    times = range(steps + 1) if process == "central" else wanted
+    # At every step, as the discrete run that it is compared with. Between its own steps
+    # the central flow is interpolated, at no cost; the stable flow takes a gradient,
+    # one more to the six of each of its steps.
+    times = range(steps + 1)
     prediction = _predict(process, problem, settings, state, times, wanted)
     weights = np.asarray(prediction.weights)
     kept = np.round(np.asarray(prediction.weight_times)).astype(int)
@@ -152,9 +153,7 @@ def _advance_flow(
     if _measures(settings, process):
         sizes, steps = np.asarray(prediction.step_sizes)[rows], series["steps"]
         series["sharpness"] = _sharpness(problem, settings, steps, weights, sizes)
-    tables = {"": series, "work": _work(prediction)}
-    if process == "central":
-        tables["every_step"] = every
+    tables = {"": series, "every_step": every, "work": _work(prediction)}
     return Block(_flow_state(problem, prediction), weights, tables, _end(prediction))
 
 
