@@ -121,7 +121,11 @@ class Settings:
     steps: Annotated[int, _option("Optimizer steps.", min=2)] = 1000
     warm_start: Annotated[
         int,
-        _option("Steps of the optimizer before all processes start.", min=0),
+        _option(
+            "Steps of the optimizer before all processes start: so many that the "
+            "sharpness there is not above the critical one, about which the flows warn.",
+            min=0,
+        ),
     ] = 0
     seed: Annotated[int, _option("Of the initial weights.", min=0)] = 0
     data_seed: Annotated[int, _option("Of data that are drawn.", min=0)] = 0

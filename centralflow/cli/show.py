@@ -26,7 +26,11 @@ def plot(folder: _Folder) -> None:
 
 
 def compare(folder: _Folder) -> None:
-    """Print how well the flows predicted the run."""
+    """Print how well the flows predicted the run.
+
+    Losses and gradient norms are averaged over a window in optimizer steps, at each of
+    which they are kept, whatever --log-every was.
+    """
     log = _read(folder)
     found = trajectories(log)
     run = found.pop("discrete", None)
