@@ -123,7 +123,7 @@ class Settings:
         int,
         _option(
             "Steps of the optimizer before all processes start: so many that the "
-            "sharpness there is not above the critical one, about which the flows warn.",
+            "sharpness is not above the critical one there, or the flow warns.",
             min=0,
         ),
     ] = 0
