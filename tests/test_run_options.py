@@ -113,7 +113,7 @@ def test_momentum(tmp_path):
     # An eigenvalue is no farther off than the residual, 1e-2 of the largest.
     found, wanted = arrays["discrete/iterate_sharpness"][::2], np.stack(eigenvalues)
     assert np.all(np.abs(found - wanted) < 1e-2 * wanted[:, :1])
-    middle = np.asarray(cf.midpoints(path))[1:][::2]  # from step 2 on
+    middle = np.array(cf.midpoints(path))[1:][::2]  # from step 2 on
     middle[0] = path[2]
     travelled = np.linalg.norm(middle - path[2], axis=1)
     np.testing.assert_allclose(arrays["distances/start-midpoint"], travelled, **near)
