@@ -118,7 +118,7 @@ def test_momentum(tmp_path):
     travelled = np.linalg.norm(middle - path[2], axis=1)
     np.testing.assert_allclose(arrays["distances/start-midpoint"], travelled, **near)
     apart = arrays["distances/discrete-stable"]
-    assert np.all(apart < 0.7 * arrays["distances/start-discrete"].max())
+    assert np.all(apart < 0.2 * arrays["distances/start-discrete"].max())
 
 
 @pytest.mark.slow
