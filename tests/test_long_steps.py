@@ -35,12 +35,21 @@ def _square(w):
     return w[0] ** 2
 
 
+# Of functions of y E[h] = h, for X is along x: one that is positive, and one that
+# changes its sign.
+METRICS = {
+    "x^2": _square,
+    "exp(y)": lambda w: jnp.exp(w[1]),
+    "y^2": lambda w: w[1] ** 2 - 30,
+}
+
+
 def _parabola(eps, steps, limit=1e9, y0=5.0, **options):
     times = np.linspace(0, steps, 61)
     return cf.predict(
         cf.Objective(_parabola_loss, jnp.array([[eps, limit]])),
         jnp.array([0.0, y0]), cf.GradientDescent(ETA), steps,
-        times=times, weight_times=times, metrics={"x^2": _square}, rtol=1e-3, **options,
+        times=times, weight_times=times, metrics=METRICS, rtol=1e-3, **options,
     )  # fmt: skip
 
 
@@ -53,6 +62,11 @@ def test_parabola(eps):
     y = y - eps * (1 / 5 - 1 / y) / 2  # dy/dt = eta (eps - x^2/2)
     # what the closed form neglects
     np.testing.assert_allclose(free.weights[:, 1], y, atol=20 * eps**2)
+    # Within the tolerance, a tenth of what straight lines between steps would be off
+    # by: (dy)^2 / 8, of exp(y), in about 30 steps.
+    w = np.asarray(free.weights)
+    np.testing.assert_allclose(free.metrics["exp(y)"], np.exp(w[:, 1]), rtol=1e-3)
+    np.testing.assert_allclose(free.metrics["y^2"], w[:, 1] ** 2 - 30, atol=1e-3)
 
     # The edge is reached at 5.556 / eps, in a step that may be long; the flow relaxes
     # to its rest there at the rate eta (2/eta) / 10 = 0.2, by e^-12 in 60.

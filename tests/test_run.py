@@ -1,5 +1,6 @@
 """`centralflow run`, `plot` and `compare`."""
 
+import dataclasses
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import equinox as eqx
 import h5py
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import centralflow as cf
 from centralflow import running
 from centralflow.__main__ import app
-from centralflow.cli import errors, options, problem, processes, settings, store
+from centralflow.cli import problem, processes, settings, show, store
 
 TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
 SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
@@ -50,6 +50,20 @@ def assert_same(folder, other):
     for name, values in wanted.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
     assert attributes == others
+
+
+EVERY_STEP = ("--log-every", 1, "--eigenvalues-every", 2)
+EVERY_STEP = (*EVERY_STEP, "--processes", "discrete,central,stable")
+EVERY_STEP = (*EVERY_STEP, "--eigenvalues-of", "midpoint,discrete,stable")
+
+
+@pytest.fixture(scope="module")
+def logged_at_every_step(tmp_path_factory):
+    """The run of `finished`, with eigenvalues of more processes."""
+    folder = tmp_path_factory.mktemp("every")
+    result = invoke("run", "--output", folder, *SHORT, *EVERY_STEP)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +261,59 @@ def test_plot_and_compare(finished):
     assert f"{100 * apart / whole:.3g} %" in row
 
 
+def test_what_is_compared_does_not_depend_on_what_is_logged(
+    finished, logged_at_every_step
+):
+    """Averages are over optimizer steps, at each of which the losses are kept, whatever
+    --log-every is: the same numbers but for the rounding errors of other programs."""
+    some, every = (
+        show.trajectories(store.Log.read(folder))
+        for folder in (finished[0], logged_at_every_step)
+    )
+    for flow in ("central", "stable"):
+        for window in (1, 4, None):  # without any average, too
+            found, wanted = (
+                cf.compare(runs["discrete"], runs[flow], window=window)
+                for runs in (some, every)
+            )
+            assert (found.window, found.steps) == (wanted.window, wanted.steps)
+            for name, value in dataclasses.asdict(wanted).items():
+                if name == "seconds_ratio" or (flow, name[:3]) == ("stable", "sha"):
+                    continue  # the eigenvalues of this one are known to one run only
+                # Differences of numbers that agree to 1e-5, over twelve steps, or, of
+                # the eigensolver, to the square of its residual, 1e-2.
+                near = dict(rtol=1e-3, atol=2e-4, err_msg=f"{flow}, {name}")
+                np.testing.assert_allclose(getattr(found, name), value, **near)
+
+
+def test_eigenvalues_of_iterates_and_of_the_stable_flow(logged_at_every_step):
+    """They are those of the Hessian, which there is small enough to write down."""
+    arrays, _ = read(logged_at_every_step)
+    model = cf.models.MLP(64, 10, width=5, key=jax.random.key(0))
+    images, labels = cf.data.digits(30)
+    objective = cf.Objective(cf.losses.squared_error, (images, labels))
+    optimizer = cf.GradientDescent(0.8)
+    run = cf.train(objective, model, optimizer, 12, weight_times=range(13))
+    flow = cf.predict(
+        objective, model, optimizer, 12, flow=cf.StableFlow(), weight_times=range(13)
+    )
+    _, flat = objective.flatten(model)
+    for name, weights in (
+        ("discrete/iterate_sharpness", run.weights),
+        ("stable/sharpness", flow.weights),
+    ):
+        assert arrays[name].shape == (13, 2)
+        measured = np.isfinite(arrays[name]).all(axis=1)
+        np.testing.assert_array_equal(measured, np.arange(13) % 2 == 0)
+        for step in (0, 6, 12):
+            H = np.asarray(jax.jit(jax.hessian(flat.loss))(weights[step]))
+            wanted = 0.8 * np.linalg.eigvalsh(H)[::-1][:2]
+            # No farther off than the residual, 1e-2 of the largest, and what the flow,
+            # here in one stretch, is integrated to, 1e-3.
+            error = np.abs(arrays[name][step] - wanted)
+            assert np.all(error < 1.2e-2 * wanted[0]), (name, step)
+
+
 @pytest.mark.parametrize("command", ["plot", "compare"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_no_run(command, damage, finished, tmp_path):
@@ -277,137 +344,6 @@ def test_failure(tmp_path):
     again = invoke("run", "--output", tmp_path, "--resume")
     assert again.exit_code == 1
     assert again.stderr == result.stderr
-
-
-def test_rmsprop_with_schedule_and_warm_start(tmp_path):
-    """The schedule counts on through the warm start and the blocks."""
-    options = ("--optimizer", "rmsprop", "--learning-rate", 0.01, "--beta2", 0.9)
-    options += ("--bias-correction", "--warm-up", 4, "--schedule", "cosine")
-    options += ("--warm-start", 3, "--steps", 6, "--checkpoint-every", 3)
-    options += ("--log-every", 1, "--eigenvalues", 0, "--processes", "discrete")
-    options += ("--size", 20, "--test-size", 0, "--width", 3, "--float64")
-    options += ("--loss", "cross-entropy", "--microbatch-size", 7)
-    result = invoke("run", "--output", tmp_path, *options)
-    assert result.exit_code == 0, result.stderr
-    assert not jax.config.jax_enable_x64
-    with jax.enable_x64(True):
-        rate = problem.Schedule(0.01, 4, 9, 0.0)
-        run = cf.train(
-            cf.Objective(cf.losses.cross_entropy, cf.data.digits(20)),
-            cf.models.MLP(64, 10, width=3, key=jax.random.key(0)),
-            cf.RMSProp(rate, 0.9, 1e-8, True),
-            9,
-        )
-        np.testing.assert_allclose(
-            read(tmp_path)[0]["discrete/loss"], run.loss[3:], rtol=1e-10
-        )
-        assert [float(rate(jnp.float64(t))) for t in (0, 4, 6.5, 9)] == (
-            pytest.approx([0.002, 0.01, 0.005, 0])
-        )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "cause"),
-    [
-        (("--steps", 1), "--steps"),
-        (("--processes", "discrete,none"), "--processes"),
-        (("--processes", "midpoint"), "--processes"),
-        (("--processes", "central,central"), "--processes"),
-        (("--learning-rate", "nan"), "--learning-rate"),
-        (("--optimizer", "adam"), "--optimizer"),
-        (("--beta2", 0.9), "--beta2"),
-        (("--optimizer", "rmsprop", "--beta2", 2.0), "--beta2"),
-        (("--optimizer", "rmsprop", "--eps", -1), "--eps"),
-        (("--final-rate", 0.1), "--final-rate"),
-        (("--data", "mnist"), "--data"),
-        (("--data", "cifar10"), "--path"),
-        (("--data", "cifar10", "--path", "{folder}"), "--path"),
-        (("--data", "text", "--model", "lstm", "--path", "{folder}"), "--path"),
-        (("--data", "text", "--model", "lstm", "--path", "{file}"), "--size"),
-        (("--size", 1700), "--size"),
-        (("--noise", 0.1), "--noise"),
-        (("--data", "moons", "--model", "cnn"), "--model"),
-        (("--data", "sorting"), "--model"),
-        (("--model", "vit", "--patch-size", 3), "--patch-size"),
-        (("--model", "vit", "--heads", 5), "--heads"),
-        (("--model", "cnn", "--widths", "4,x"), "--widths"),
-        (("--model", "cnn", "--widths", "2,2,2,2"), "--widths"),
-        (("--model", "cnn", "--width", 4), "--width"),
-        (("--loss", "logistic"), "--loss"),
-        (("--substeps", 2, "--rtol", 0.01), "--rtol"),
-        (("--rtol", 0.9), "--rtol"),
-        (("--watch", 1000), "--watch"),
-        (("--eigenvalues-every", 15), "--eigenvalues-every"),
-        (("--checkpoint-every", 15), "--checkpoint-every"),
-        (("--resume",), "--resume"),
-        (("--resume", "--overwrite"), "--overwrite"),
-    ],
-)
-def test_wrong_argument(arguments, cause, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    names = dict(folder=tmp_path, file=file)
-    arguments = [str(a).format(**names) for a in arguments]
-    result = invoke("run", "--output", tmp_path / "out", *arguments)
-    assert result.exit_code == 2, result
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert f"'{cause}'" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_help_says_what_every_option_is():
-    text = " ".join(invoke("run", "--help").stdout.split())
-    names = options.Settings.__dataclass_fields__
-    for name in names:
-        assert errors.flag(name) + " " in text
-    # All but the two paths have a default.
-    assert text.count("[default: ") == len(names) - 2
-
-
-TEXT = "sentence\tlabel\n" + "a good film\t1\nbad\t0\n" * 10
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        dict(data="moons", loss="logistic"),
-        dict(data="circles"),
-        dict(data="random", features=4, classes=3),
-        dict(model="cnn", widths="2,3"),
-        dict(model="resnet", widths="4", groups=2),
-        dict(model="vit", width=4, heads=2, depth=1),
-        dict(data="sorting", model="transformer", width=4, heads=2, length=3),
-        dict(data="copying", model="mamba", width=4, depth=1, state_size=2),
-        dict(data="text", model="lstm", width=4, length=5, loss="logistic"),
-        dict(data="text", model="transformer", width=4, heads=2, vocabulary=4),
-    ],
-    ids=lambda chosen: "-".join(str(v) for v in chosen.values()),
-)
-def test_every_problem_can_be_built(chosen, tmp_path):
-    """Each kind of data with a model for it has a loss and all metrics."""
-    (tmp_path / "text.tsv").write_text(TEXT)
-    if chosen.get("data") == "text":
-        path = tmp_path / "text.tsv"
-        chosen = chosen | dict(path=path, test_path=path)
-    chosen = settings.from_json(chosen | dict(size=12, test_size=5))
-    built = problem.build(settings.complete(chosen))
-    values = eqx.filter_eval_shape(built.flat.evaluate, built.plain, built.weights)
-    assert values.keys() == {"outputs", "accuracy", "test_loss", "test_accuracy"}
-    assert values["outputs"].shape[0] == 3
-    assert values["accuracy"].shape == values["test_loss"].shape == ()
-    assert eqx.filter_eval_shape(built.flat.loss, built.weights).shape == ()
-
-
-def test_flow_of_a_model_with_flags():
-    """Not all leaves of a transformer are arrays: its dropout has a Boolean."""
-    values = dict(data="sorting", model="transformer", width=4, heads=2, length=3)
-    values |= dict(size=12, test_size=5, depth=1, substeps=1)
-    chosen = settings.complete(settings.from_json(values))
-    built = problem.build(chosen)
-    state = processes.state_like(built, chosen, "central", 1)
-    assert state["weights"].shape == built.weights.shape
-    assert state["solver_state"].y.weights.shape == built.weights.shape
 
 
 @pytest.mark.slow

@@ -20,17 +20,23 @@ MODELS = {
     "mamba": models.Mamba,
 }
 PROCESSES = ("discrete", "midpoint", "central", "stable")
+MEASURED = ("midpoint", "discrete", "stable")
 
 
 class OptimizerName(StrEnum):
     gradient_descent = "gradient-descent"
     rmsprop = "rmsprop"
     scalar_rmsprop = "scalar-rmsprop"
+    heavy_ball = "heavy-ball"
+    nesterov = "nesterov"
+    adam = "adam"
+    nadam = "nadam"
 
 
 class ScheduleName(StrEnum):
     constant = "constant"
     cosine = "cosine"
+    linear = "linear"
 
 
 class DataName(StrEnum):
@@ -66,17 +72,26 @@ def _integers(text: str | None) -> str | None:
     return text
 
 
-def _processes(text: str) -> str:
+def _some_of(known: tuple[str, ...], text: str) -> str:
+    """Comma-separated names, each known and given once, in the order of `known`."""
     names = text.split(",")
     for name in names:
-        if name not in PROCESSES:
-            known = ", ".join(PROCESSES)
-            raise typer.BadParameter(f"{name!r} is none of {known}.")
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.")
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"{text!r} names a process twice.")
+    return ",".join(name for name in known if name in names)
+
+
+def _processes(text: str) -> str:
+    names = _some_of(PROCESSES, text)
     if "midpoint" in names and "discrete" not in names:
         raise typer.BadParameter("midpoint needs discrete, whose midpoints they are.")
-    return ",".join(name for name in PROCESSES if name in names)
+    return names
+
+
+def _measured(text: str) -> str:
+    return _some_of(MEASURED, text)
 
 
 def _option(text: str, default: Any = None, **options: Any) -> Any:
@@ -106,7 +121,11 @@ class Settings:
     steps: Annotated[int, _option("Optimizer steps.", min=2)] = 1000
     warm_start: Annotated[
         int,
-        _option("Steps of the optimizer before all processes start.", min=0),
+        _option(
+            "Steps of the optimizer before all processes start: so many that the "
+            "sharpness is not above the critical one there, or the flow warns.",
+            min=0,
+        ),
     ] = 0
     seed: Annotated[int, _option("Of the initial weights.", min=0)] = 0
     data_seed: Annotated[int, _option("Of data that are drawn.", min=0)] = 0
@@ -118,9 +137,13 @@ class Settings:
         OptimizerName.gradient_descent
     )
     learning_rate: Annotated[
-        float,
-        _option("Of the optimizer; the largest of a schedule.", callback=_positive),
-    ] = 0.2
+        _Real,
+        _option(
+            "Of the optimizer; the largest of a schedule.",
+            "0.2; scalar-rmsprop 0.01, adam 0.005, nadam 0.003, rmsprop 0.0002",
+            callback=_positive,
+        ),
+    ] = None
     schedule: Annotated[
         ScheduleName,
         _option("How the rate goes on after the warm-up, until the last step."),
@@ -135,17 +158,47 @@ class Settings:
     ] = 0
     final_rate: Annotated[
         _Real,
-        _option("Where the cosine ends, over the largest rate.", 0.0, min=0, max=1),
+        _option(
+            "Where cosine and linear end, at the last step, over the largest rate.",
+            0.0,
+            min=0,
+            max=1,
+        ),
     ] = None
-    beta2: Annotated[_Real, _option("Decay of RMSProp's second moment.", 0.99)] = None
+    beta: Annotated[
+        _Real, _option("Decay of the momentum of heavy-ball and nesterov.", 0.9)
+    ] = None
+    averaged: Annotated[
+        bool | None,
+        _option(
+            "Whether the momentum m of heavy-ball and nesterov is an average of the "
+            "gradients, m <- beta m + (1 - beta) g, or a sum, m <- beta m + g.",
+            "no-averaged",
+            flag="--averaged/--no-averaged",
+        ),
+    ] = None
+    beta1: Annotated[
+        _Real, _option("Decay of the momentum of adam and nadam.", 0.9)
+    ] = None
+    beta2: Annotated[
+        _Real,
+        _option(
+            "Decay of the second moment of rmsprop, scalar-rmsprop, adam and nadam.",
+            "0.99; adam and nadam 0.999",
+        ),
+    ] = None
     eps: Annotated[
-        _Real, _option("Added to the root in RMSProp's denominator.", 1e-8)
+        _Real,
+        _option(
+            "Added to the root of the second moment, in the denominator of the step.",
+            1e-8,
+        ),
     ] = None
     bias_correction: Annotated[
         bool | None,
         _option(
-            "Whether RMSProp corrects the bias of its second moment.",
-            "no-bias-correction",
+            "Whether the moments are corrected for their start at zero.",
+            "no-bias-correction; adam and nadam bias-correction",
             flag="--bias-correction/--no-bias-correction",
         ),
     ] = None
@@ -264,8 +317,19 @@ class Settings:
     ] = 8
     eigenvalues: Annotated[
         int,
-        _option("Eigenvalues to measure of the discrete run, or 0.", min=0),
+        _option("Eigenvalues of P^-1 H to measure, or 0.", min=0),
     ] = 4
+    eigenvalues_of: Annotated[
+        str,
+        _option(
+            "Where to measure them, separated by commas: midpoint, at the midpoints of "
+            "the discrete run, with the variances of its oscillation; discrete, at its "
+            "iterates; stable, along the stable flow. For the latter two, "
+            "preconditioners with a number for each weight are in memory for all steps "
+            "between two checkpoints. Those of the central flow are always logged.",
+            callback=_measured,
+        ),
+    ] = "midpoint"
     eigenvalues_every: Annotated[
         _Count,
         _option("Steps from one measurement to the next.", "--log-every", min=1),

@@ -14,7 +14,16 @@ from jaxtyping import Array, Float, PyTree
 from .. import data, losses
 from ..flows import CentralFlow
 from ..objective import FlatObjective, Objective
-from ..optimizers import AbstractOptimizer, GradientDescent, RMSProp, ScalarRMSProp
+from ..optimizers import (
+    AbstractOptimizer,
+    Adam,
+    GradientDescent,
+    HeavyBall,
+    NAdam,
+    Nesterov,
+    RMSProp,
+    ScalarRMSProp,
+)
 from .errors import blame, wrong
 from .options import MODELS, Settings
 from .settings import integers
@@ -44,24 +53,37 @@ _LOSSES = {
     "cross-entropy": losses.cross_entropy,
     "logistic": losses.logistic_loss,
 }
+# With the options that each has besides the learning rate.
+_OPTIMIZERS = {
+    "gradient-descent": (GradientDescent, ()),
+    "rmsprop": (RMSProp, ("beta2", "eps", "bias_correction")),
+    "scalar-rmsprop": (ScalarRMSProp, ("beta2", "eps", "bias_correction")),
+    "heavy-ball": (HeavyBall, ("beta", "averaged")),
+    "nesterov": (Nesterov, ("beta", "averaged")),
+    "adam": (Adam, ("beta1", "beta2", "eps", "bias_correction")),
+    "nadam": (NAdam, ("beta1", "beta2", "eps", "bias_correction")),
+}
 _DIGITS = 1797
 
 
 class Schedule(eqx.Module):
-    """A linear rise to `peak` in `warm_up` steps; from there, constant or half a period
-    of a cosine, down to `final` times the peak at step `end`."""
+    """A linear rise to `peak` in `warm_up` steps; from there, constant or, along half a
+    period of a cosine or a line, down to `final` times the peak at step `end`."""
 
     peak: float
     warm_up: int
     end: int
     final: float | None
+    shape: str = eqx.field(static=True, default="cosine")
 
     def __call__(self, step: Float[Array, ""]) -> Float[Array, ""]:
         rate = jnp.asarray(self.peak, step.dtype)
         if self.final is not None:
             share = (step - self.warm_up) / max(self.end - self.warm_up, 1)
-            cosine = (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
-            rate = rate * (self.final + (1 - self.final) * cosine)
+            left = 1 - jnp.clip(share, 0, 1)
+            if self.shape == "cosine":
+                left = (1 - jnp.cos(jnp.pi * left)) / 2
+            rate = rate * (self.final + (1 - self.final) * left)
         if self.warm_up:  # the first step already moves
             rise = (step + 1) / (self.warm_up + 1)
             rate = jnp.where(step < self.warm_up, self.peak * rise, rate)
@@ -124,12 +146,11 @@ def build(settings: Settings) -> Problem:
 def _optimizer(s: Settings) -> AbstractOptimizer:
     rate: Any = s.learning_rate
     if s.schedule != "constant" or s.warm_up:
-        rate = Schedule(rate, s.warm_up, s.warm_start + s.steps, s.final_rate)
+        end = s.warm_start + s.steps
+        rate = Schedule(rate, s.warm_up, end, s.final_rate, str(s.schedule))
+    kind, names = _OPTIMIZERS[s.optimizer]
     with blame("optimizer", vars(s)):
-        if s.optimizer == "gradient-descent":
-            return GradientDescent(rate)
-        kind = RMSProp if s.optimizer == "rmsprop" else ScalarRMSProp
-        return kind(rate, s.beta2, s.eps, s.bias_correction)
+        return kind(rate, **{name: getattr(s, name) for name in names})
 
 
 def _model(s: Settings, batch: tuple) -> PyTree:

@@ -6,20 +6,23 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..flows import StableFlow
-from ..measure import second_difference
+from ..measure import GUARDS, eigenpairs, second_difference
 from ..objective import FlatObjective
 from ..predict import predict
 from ..results import RESULTS
+from ..running import warn_if_unconverged
 from ..train import train
 from ..trajectory import Trajectory
 from .options import Settings
 from .problem import Problem
 
 Rows = dict[str, np.ndarray]  # series, a row for each of `steps`
+_RESIDUAL = 1e-2  # of an eigenpair, over the largest eigenvalue, as in `train`
 _WORK = (
     "gradients",
     "hvps",
@@ -82,8 +85,11 @@ def _advance_run(
         problem.optimizer,
         steps,
         optimizer_state=state["optimizer_state"],
-        sharpness_every=settings.eigenvalues_every if settings.eigenvalues else None,
+        sharpness_every=(
+            settings.eigenvalues_every if _measures(settings, "midpoint") else None
+        ),
         sharpness_count=max(settings.eigenvalues, 1),
+        coordinates=_coordinates(problem, settings, "discrete"),
         weight_times=kept.tolist(),
         progress=False,
         throw=False,
@@ -104,6 +110,9 @@ def _advance_run(
         oscillation=np.asarray(run.oscillation)[rows],
         **_evaluate(problem.plain, problem.flat, here),
     )
+    if _measures(settings, "discrete"):
+        sizes = np.asarray(run.step_sizes)[rows]
+        series["iterate_sharpness"] = _sharpness(problem, settings, rows, here, sizes)
     tables = {"": series, "every_step": every, "work": _work(run)}
     blocks = dict(discrete=Block(new, here, tables, end))
     if midpoints:
@@ -128,9 +137,10 @@ def _advance_flow(
     process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
 ) -> Block:
     wanted = logged_steps(settings, steps)
-    # Between its own steps the central flow is interpolated, at no cost; the stable
-    # flow takes a gradient.
-    times = range(steps + 1) if process == "central" else wanted
+    # At every step, as the discrete run that it is compared with. Between its own steps
+    # the central flow is interpolated, at no cost; the stable flow takes a gradient,
+    # one more to the six of each of its steps.
+    times = range(steps + 1)
     prediction = _predict(process, problem, settings, state, times, wanted)
     weights = np.asarray(prediction.weights)
     kept = np.round(np.asarray(prediction.weight_times)).astype(int)
@@ -140,9 +150,10 @@ def _advance_flow(
     series = {name: values[rows] for name, values in every.items()}
     series |= {f"mean_{k}": np.asarray(v)[rows] for k, v in prediction.metrics.items()}
     series |= _evaluate(problem.plain, problem.flat, weights)
-    tables = {"": series, "work": _work(prediction)}
-    if process == "central":
-        tables["every_step"] = every
+    if _measures(settings, process):
+        sizes, steps = np.asarray(prediction.step_sizes)[rows], series["steps"]
+        series["sharpness"] = _sharpness(problem, settings, steps, weights, sizes)
+    tables = {"": series, "every_step": every, "work": _work(prediction)}
     return Block(_flow_state(problem, prediction), weights, tables, _end(prediction))
 
 
@@ -166,11 +177,67 @@ def _predict(
         solver_state=state.get("solver_state"),
         times=times,
         metrics=problem.predicted if central else None,
+        coordinates=_coordinates(problem, settings, process),
         weight_times=kept,
         rtol=settings.rtol if central else None,
         progress=False,
         throw=False,
     )
+
+
+# The eigenvalues of P^-1 H, where the library does not measure them.
+
+
+def _measures(settings: Settings, name: str) -> bool:
+    return settings.eigenvalues > 0 and name in settings.eigenvalues_of.split(",")
+
+
+def _coordinates(problem: Problem, settings: Settings, process: str) -> np.ndarray:
+    """Those at which the step sizes 1/P are recorded to be all of P."""
+    if not _measures(settings, process):
+        return np.arange(0)
+    state = eqx.filter_eval_shape(problem.optimizer.init, problem.weights)
+    P = eqx.filter_eval_shape(problem.optimizer.preconditioner, state)
+    return np.arange(P.size)  # one if P is a number
+
+
+def _sharpness(
+    problem: Problem,
+    settings: Settings,
+    steps: np.ndarray,
+    weights: np.ndarray,
+    step_sizes: np.ndarray,
+) -> np.ndarray:
+    """`[S, K]`, the top eigenvalues at the steps that are to be measured, NaN at the
+    others."""
+    rows = np.flatnonzero(steps % settings.eigenvalues_every == 0)
+    values = np.full((len(steps), settings.eigenvalues), np.nan, weights.dtype)
+    if rows.size:
+        points, P = jnp.asarray(weights[rows]), jnp.asarray(1 / step_sizes[rows])
+        found, converged = _spectra(problem.flat, points, P, settings.eigenvalues)
+        values[rows, : found.shape[1]] = found
+        warn_if_unconverged(np.sum(~np.asarray(converged)))
+    return values
+
+
+@eqx.filter_jit
+def _spectra(
+    flat: FlatObjective,
+    weights: Float[Array, "S n"],
+    P: Float[Array, "S m"],
+    count: int,
+) -> tuple[Float[Array, "S k"], Array]:
+    k = min(count + GUARDS, weights.shape[1])
+
+    def measure(vectors, row):
+        w, P, key = row
+        found = eigenpairs(flat, w, P, vectors, count, _RESIDUAL, key)
+        return found.vectors, (found.values[:count], found.converged)
+
+    P = P[:, 0] if P.shape[1] == 1 else P
+    start = jr.normal(jr.key(0), (k, weights.shape[1]), weights.dtype)
+    rows = weights, P, jr.split(jr.key(1), len(weights))
+    return jax.lax.scan(measure, start, rows)[1]
 
 
 # Where a prediction ended, and how to go on from there.

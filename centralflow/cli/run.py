@@ -14,6 +14,7 @@ import typer
 from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
+from ..flows.base import FlowState
 from ..running import check_start, show_progress
 from ..train import train
 from . import store
@@ -95,11 +96,15 @@ def _saved_settings(folder: Path, given: dict[str, Any]) -> Settings:
 def _run(folder: Path, s: Settings, resume: bool, progress: bool | None) -> None:
     problem = build(s)
     model = problem.flat.model(problem.weights)
+    names = s.processes.split(",")
     with blame("optimizer", vars(s)):
         problem.flow.tolerance(s.rtol)
         total = s.warm_start + s.steps
-        check_start(problem.objective, model, problem.optimizer, total, None)
-    names = s.processes.split(",")
+        _, weights, state = check_start(
+            problem.objective, model, problem.optimizer, total, None
+        )
+        if "central" in names:
+            problem.flow.check(problem.optimizer, FlowState(weights, state, {}))
     advancing = [name for name in names if name != "midpoint"]
     log, step, states = None, 0, None
     if resume:

@@ -21,14 +21,31 @@ from .options import (
 )
 
 _SEQUENCES = ("lstm", "transformer", "mamba")
-_RMSPROP = ("rmsprop", "scalar-rmsprop")
+_MOMENTUM = ("heavy-ball", "nesterov")
+_ADAM = ("adam", "nadam")
+_SECOND = ("rmsprop", "scalar-rmsprop", *_ADAM)
+_RATES = {
+    "scalar-rmsprop": 0.01,
+    "adam": 0.005,
+    "nadam": 0.003,
+    "rmsprop": 0.0002,
+    "default": 0.2,
+}
 # Which options are only for some choices of another, and their defaults, if those are
 # not the model's: one, or by choice.
 _ONLY: dict[str, tuple[str, tuple[str, ...], Any]] = {
-    "final_rate": ("schedule", ("cosine",), 0.0),
-    "beta2": ("optimizer", _RMSPROP, 0.99),
-    "eps": ("optimizer", _RMSPROP, 1e-8),
-    "bias_correction": ("optimizer", _RMSPROP, False),
+    "learning_rate": ("optimizer", tuple(OptimizerName), _RATES),
+    "final_rate": ("schedule", ("cosine", "linear"), 0.0),
+    "beta": ("optimizer", _MOMENTUM, 0.9),
+    "averaged": ("optimizer", _MOMENTUM, False),
+    "beta1": ("optimizer", _ADAM, 0.9),
+    "beta2": ("optimizer", _SECOND, dict(adam=0.999, nadam=0.999, default=0.99)),
+    "eps": ("optimizer", _SECOND, 1e-8),
+    "bias_correction": (
+        "optimizer",
+        _SECOND,
+        dict(adam=True, nadam=True, default=False),
+    ),
     "path": ("data", ("cifar10", "text"), None),
     "test_path": ("data", ("text",), None),
     "classes": ("data", ("cifar10", "text", "random"), dict(text=2, default=10)),
@@ -78,6 +95,9 @@ def complete(settings: Settings) -> Settings:
         every = found["checkpoint_every"] = max(1, round(500 / eigen)) * eigen
     _check_multiple("eigenvalues_every", eigen, "log_every", log)
     _check_multiple("checkpoint_every", every, "eigenvalues_every", eigen)
+    for name in settings.eigenvalues_of.split(","):
+        if name != "midpoint" and name not in settings.processes.split(","):
+            raise wrong("eigenvalues_of", f"{name} is not among --processes.")
     for index in integers(settings.watch):
         if index >= settings.size:
             raise wrong("watch", f"there is no example {index} of {settings.size}.")

@@ -26,7 +26,11 @@ def plot(folder: _Folder) -> None:
 
 
 def compare(folder: _Folder) -> None:
-    """Print how well the flows predicted the run."""
+    """Print how well the flows predicted the run.
+
+    Losses and gradient norms are averaged over a window in optimizer steps, at each of
+    which they are kept, whatever --log-every was.
+    """
     log = _read(folder)
     found = trajectories(log)
     run = found.pop("discrete", None)
@@ -46,7 +50,9 @@ def compare(folder: _Folder) -> None:
 def draw(folder: Path, log: Log) -> list[str]:
     """Write the figures that the processes permit; their names."""
     found = trajectories(log)
-    drawn = dict(loss=figures.loss(*found.values(), labels=list(found)))
+    # The midpoints last: then the others have the colours of the other figure.
+    labels = sorted(found, key=lambda name: name == "midpoint")
+    drawn = dict(loss=figures.loss(*(found[k] for k in labels), labels=labels))
     if "discrete" in found and "central" in found:
         drawn["comparison"] = figures.comparison(
             found["discrete"], found["central"], stable=found.get("stable")

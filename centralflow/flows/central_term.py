@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from ..eigen import top_eigenpairs
 from ..failures import Failure, eigen_failure, first_of, largest, slope_failure, when
@@ -27,6 +27,7 @@ from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
 from .leapfrog import RingingResponse, leapfrog
+from .observables import record, without_oscillations
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
@@ -136,66 +137,8 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     def edge(self) -> Float[Array, ""]:
         return (1 - self.margin) * self.optimizer.critical_sharpness
 
-    # The observables, and what the oscillations add to them, to second order in delta.
-
     def record(self, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> FlowState:
-        k, P = self.block_size, self.optimizer.preconditioner(y.optimizer_state)
-        gradient, loss = e.slope.gradient, e.slope.loss
-        U, at = e.eigenvectors, self.coordinates
-        HU = _matmul(e.hessian, P * U)
-        smooth = dict(
-            loss=loss,
-            grad_norm_sq=gradient @ gradient,
-            sharpness=jnp.where(jnp.arange(k) < e.known, e.sharpness, jnp.nan),
-            metrics=self._observe(y.weights.dtype)(self.objective.model(y.weights)),
-            gradient_sq=gradient[at] ** 2,
-            step_sizes=1 / jnp.broadcast_to(P, gradient.shape)[at],
-        )
-        oscillating = dict(
-            loss=0.5 * jnp.sum(e.hessian * X),  # E[L] - L = <H, Sigma> / 2
-            grad_norm_sq=jnp.sum(X * _matmul(HU, HU.T)),  # E|g|^2 - |g|^2
-            oscillation=jnp.maximum(jnp.linalg.eigvalsh(X)[::-1], 0),
-            metrics=self._mean_metrics(y, e, X),
-            gradient_sq=jnp.sum(HU[:, at] * _matmul(X, HU[:, at]), axis=0),
-            trace_covariance=jnp.sum(X * _matmul(U, U.T)),  # tr Sigma
-        )
-        observables = dict(
-            smooth=smooth,
-            oscillating=oscillating,
-            error=jnp.zeros_like(loss),
-            approach=jnp.zeros((2, k), loss.dtype),
-            work=e.work,
-        )
-        return FlowState(y.weights, y.optimizer_state, observables)
-
-    def _observe(self, dtype) -> Callable[[PyTree], dict[str, PyTree[Array]]]:
-        """The metrics as a function of the model. Counts, too, have averages."""
-        real = lambda x: jnp.asarray(x, dtype)
-        return lambda model: {
-            name: jax.tree.map(real, fn(model)) for name, fn in self.metrics.items()
-        }
-
-    def _mean_metrics(
-        self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
-    ) -> dict[str, PyTree[Array]]:
-        """E[h] - h = <hess h, Sigma> / 2, with Sigma = sum_r f_r f_r'."""
-        observe = self._observe(y.weights.dtype)
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            eqx.filter_eval_shape(observe, self.objective.model(y.weights)),
-        )
-        if not self.metrics:
-            return zero
-        variances, Q = jnp.linalg.eigh(X)
-        factors = _matmul((jnp.sqrt(jnp.maximum(variances, 0)) * Q).T, e.eigenvectors)
-        k = X.shape[0]
-
-        def add(r, total):
-            f = factors[k - 1 - r]  # the critical ones have the largest variances
-            half = self.objective.second_derivative(observe, y.weights, f, f)
-            return jax.tree.map(lambda a, b: a + 0.5 * b, total, half)
-
-        return jax.lax.fori_loop(0, e.critical, add, zero)
+        return record(self, y, e, X)
 
     def failure(self, y: FlowState, e: Expansion) -> Failure:
         third = largest(e.forces)
@@ -215,8 +158,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         )
 
     def without_oscillations(self, y: FlowState) -> FlowState:
-        of_X = lambda y: y.observables["oscillating"]
-        return eqx.tree_at(of_X, y, jax.tree.map(jnp.zeros_like, of_X(y)))
+        return without_oscillations(y)
 
     # The expansion.
 

@@ -14,10 +14,11 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     """What a flow's state is within a step, from y and its rate at both ends, and from
     y one step `before`, which was `ratio` times as long, or zero if there was none.
 
-    Weights are cubic; loss and squared gradient norm too, on a logarithmic scale if
-    they are positive: a straight line would be off by a percent where the step's error
-    is far smaller. All the rest is linear; but until the `onset`, a share of the step,
-    there are no oscillations, and after it the sharpness is what it is at the end.
+    Weights are cubic; loss, squared gradient norm and the metrics without what
+    oscillations add to them too, on a logarithmic scale if they are positive: a
+    straight line would be off by a percent where the step's error is far smaller. All
+    the rest is linear; but until the `onset`, a share of the step, there are no
+    oscillations, and after it the sharpness is what it is at the end.
     """
 
     t0: Any
@@ -46,8 +47,12 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         )
         ys, smooth = (self.y0, self.y1), dict(linear.observables["smooth"])
         slopes = (dt * rate.observables["smooth"]["loss"] for rate in rates)
-        smooth["loss"] = self._scaled(x, "loss", *slopes)
-        smooth["grad_norm_sq"] = self._scaled(x, "grad_norm_sq")
+        at = [y.observables["smooth"] for y in (self.before, *ys)]
+        known = lambda name: [values[name] for values in at]
+        smooth["loss"] = self._scaled(x, *known("loss"), *slopes)
+        smooth["grad_norm_sq"] = self._scaled(x, *known("grad_norm_sq"))
+        scaled = lambda *values: self._scaled(x, *values)
+        smooth["metrics"] = jax.tree.map(scaled, *known("metrics"))
         sharpness = jnp.stack([y.observables["smooth"]["sharpness"][0] for y in ys])
         rising = jnp.where(self.onset > 0, self.onset, 1)
         first = sharpness[0] + jnp.minimum(x / rising, 1) * (
@@ -68,10 +73,9 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         }
         return FlowState(weights, linear.optimizer_state, observables)
 
-    def _scaled(self, x, name: str, slope0=None, slope1=None):
+    def _scaled(self, x, before, y0, y1, slope0=None, slope1=None):
         """A cubic on a logarithmic scale, if that exists."""
-        ys = (self.before, self.y0, self.y1)
-        values = jnp.stack([y.observables["smooth"][name] for y in ys])
+        values = jnp.stack([before, y0, y1])
         positive = jnp.all(values > 0)
         safe = jnp.where(positive, values, 1)
         scaled = jnp.where(positive, jnp.log(safe), values)
