@@ -16,9 +16,10 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
 
     Weights are cubic; loss, squared gradient norm and the metrics without what
     oscillations add to them too, on a logarithmic scale if they are positive: a
-    straight line would be off by a percent where the step's error is far smaller. All
-    the rest is linear; but until the `onset`, a share of the step, there are no
-    oscillations, and after it the sharpness is what it is at the end.
+    straight line would be off by a percent where the step's error is far smaller. What
+    oscillations add is quadratic, with the `mean` that it has over the step; but until
+    the `onset`, a share of the step, there are none, and after it the sharpness is what
+    it is at the end. All the rest is linear.
     """
 
     t0: Any
