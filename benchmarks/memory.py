@@ -124,16 +124,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[970, 3120])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--measure", type=float, default=0, metavar="GB")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         *numbers, name = arguments.one
         return one(*map(int, numbers), name)
-    cases = []
-    for width in arguments.widths:
-        cases += [(width, k, None, "GradientDescent") for k in (4, 8, 16)]
-        cases += [(width, 8, 16, "GradientDescent"), (width, 8, None, "RMSProp")]
+    least = arguments.widths[0]
+    cases = [
+        (width, k, None, "GradientDescent")
+        for width in arguments.widths
+        for k in arguments.blocks
+    ]
+    cases += [(least, 8, 16, "GradientDescent"), (least, 8, None, "RMSProp")]
     rows = []
     for width, k, microbatch, name in cases:
         n, peak = planned(width, k, microbatch, name)
