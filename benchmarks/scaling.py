@@ -34,8 +34,8 @@ PREPARE, STEPS = 3, 10  # of the optimizer: the flow makes about as many, at the
 BELOW = 0.995  # the largest eigenvalue at the start, over the critical one
 COPIES = 12
 
-# The exponents expected of the processor time and the gradient-equivalents of a step, and
-# what limits it.
+# The exponents expected of the processor time and the gradient-equivalents of a step,
+# and what limits it.
 EXPECTED = dict(
     parameters=(
         "1, 0",
