@@ -13,6 +13,7 @@ Writes out/scaling.json and out/scaling.png.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ import centralflow as cf
 from .problems import Problem
 from .report import heading, table
 
-PREPARE, STEPS = 3, 10  # of the optimizer: the flow makes about as many, at the edge
+PREPARE, STEPS = 3, 6  # of the optimizer: the flow makes about as many, at the edge
 BELOW = 0.995  # the largest eigenvalue at the start, over the critical one
 COPIES = 12
 
@@ -132,12 +133,19 @@ def side_by_side(critical: int) -> Problem:
     return Problem("", objective, models, cf.GradientDescent(1.0))
 
 
+@functools.cache  # the two series begin with the same problem
+def measured(width: int, copies: int) -> dict:
+    n, problem = network(width, copies)
+    return dict(measure(n, problem), parameters=n, examples=100 * copies)
+
+
 def parameters_series(widths: list[int]) -> list[dict]:
-    return [measure(*network(width, 1)) for width in widths]
+    return [measured(width, 1) for width in widths]
 
 
 def examples_series(repeats: list[int]) -> list[dict]:
-    return [measure(100 * copies, network(64, copies)[1]) for copies in repeats]
+    rows = [measured(64, copies) for copies in repeats]
+    return [dict(row, size=row["examples"]) for row in rows]
 
 
 def critical_series(counts: list[int]) -> list[dict]:
@@ -238,13 +246,13 @@ def main() -> None:
     store = arguments.output.with_suffix(".json")
     store.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(store.read_text()) if store.exists() else {}
-    measured = dict(
+    of = dict(
         parameters=lambda: parameters_series(arguments.widths),
         examples=lambda: examples_series(arguments.repeats),
         critical=lambda: critical_series(arguments.counts),
     )
     for name in arguments.series:
-        found[name] = measured[name]()
+        found[name] = of[name]()
         store.write_text(json.dumps(found, indent=1))
     series = {name: found[name] for name in EXPECTED if name in found}
     report(series)
