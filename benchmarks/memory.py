@@ -40,7 +40,7 @@ def vectors(k: int, state: int) -> int:
     critical = max(k - 2, 1)
     carried = 2 * k + 24 + 4 * state
     eigenvectors = 17 * k
-    response = critical * (critical + 1) // 2 + 48 + 3 * k + 16
+    response = critical * (critical + 1) // 2 + 48 + 3 * k + 26
     return 3 * carried + 2 * state + 16 + max(eigenvectors, response)
 
 
