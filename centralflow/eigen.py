@@ -52,12 +52,6 @@ class _State(eqx.Module):
     proceed: Bool[Array, ""]
 
 
-def seed_beside(x: Array) -> Int[Array, ""]:
-    """Zero, but not before x is known. Of a constant the compiler would make random
-    vectors itself, which takes it long, and keep them in the program."""
-    return jnp.asarray(0 * jnp.ravel(x)[0], jnp.int32)
-
-
 def _unit(rows: Float[Array, "m n"]) -> Float[Array, "m n"]:
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
     usable = (norms > 0) & jnp.isfinite(norms)

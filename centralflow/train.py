@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint, settings_of
 from .checks import require_integer
-from .eigen import seed_beside
 from .failures import (
     Failure,
     choose,
@@ -310,7 +309,7 @@ def _init(
         broken=jnp.array(False),
         sharpness=none,
         oscillation=none,
-        eigenvectors=jr.normal(jr.key(seed_beside(weights)), (k, n), dtype),
+        eigenvectors=jr.normal(jr.key(0), (k, n), dtype),
         covariance=jnp.zeros((k, k), dtype),
         hvps=jnp.int32(0),
         unconverged=jnp.int32(0),

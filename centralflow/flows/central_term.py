@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..eigen import seed_beside, top_eigenpairs
+from ..eigen import top_eigenpairs
 from ..failures import Failure, eigen_failure, first_of, largest, slope_failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
@@ -287,15 +287,13 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         """An expansion of which only the eigenpairs are known."""
         w, k = y.weights, self.block_size
         P = self.optimizer.preconditioner(y.optimizer_state)
-        seed = seed_beside(w)
         if start is None:
-            start, calls = jr.normal(jr.key(seed), (k, w.size), w.dtype), seed
-            sweeps = 200
+            start, calls, sweeps = jr.normal(jr.key(0), (k, w.size), w.dtype), 0, 200
         else:
             start, calls, sweeps = start * jnp.sqrt(P), previous.calls + 1, 20
             missing = k - start.shape[0]
             if missing:
-                extra = jr.normal(jr.key(k + seed), (missing, w.size), w.dtype)
+                extra = jr.normal(jr.key(k), (missing, w.size), w.dtype)
                 start = jnp.concatenate([start, extra])
         pairs = top_eigenpairs(
             self.objective.preconditioned_hessian(w, P),
