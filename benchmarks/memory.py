@@ -1,33 +1,33 @@
 """The memory that a prediction needs, next to a formula.
 
-    python -m benchmarks.memory             # what XLA plans, nothing is run
-    python -m benchmarks.memory --measure   # and what a process takes, for the smallest
+    python -m benchmarks.memory                # what XLA plans, nothing is run
+    python -m benchmarks.memory --measure 8    # and what a process takes, up to 8 GB
 
 Of the compiled integration XLA says how much memory it takes for its arguments, its
 results and in between. That is compared with the formula of docs/scale.md, in vectors
-of n numbers. Networks of a million and ten million parameters, with
-64 examples, so that the vectors outweigh the activations. Takes about four minutes.
+of n numbers; and, on Linux, with the peak of a process that predicts a few steps.
+Networks of a million and ten million parameters, with 64 examples, so that the vectors
+outweigh the activations.
 """
 
 import argparse
-import importlib
-import resource
+import ctypes
+import gc
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 
 import centralflow as cf
+from centralflow import integrate
+from centralflow.solvers import Pause
 
 from .report import heading, table
-
-# The functions that `predict` runs, of which the second has nearly all the work.
-predict = importlib.import_module("centralflow.predict")
 
 OPTIMIZERS = dict(
     GradientDescent=cf.GradientDescent(0.1), RMSProp=cf.RMSProp(1e-3, 0.99, 1e-8)
@@ -40,7 +40,7 @@ def vectors(k: int, state: int) -> int:
     critical = max(k - 2, 1)
     carried = 2 * k + 24 + 4 * state
     eigenvectors = 17 * k
-    response = critical * (critical + 1) // 2 + 48 + 3 * k + 16
+    response = critical * (critical + 1) // 2 + 48 + 3 * k + 26
     return 3 * carried + 2 * state + 16 + max(eigenvectors, response)
 
 
@@ -58,20 +58,20 @@ def planned(width: int, k: int, microbatch: int | None, name: str) -> tuple[int,
     w, flat = objective.flatten(model)
     flow = cf.CentralFlow(block_size=k)
     rtol = jnp.asarray(flow.tolerance(None), w.dtype)
-    p = predict._Problem(flow, flat, optimizer, {}, jnp.zeros(0, jnp.int32), rtol)
-    y = eqx.filter_eval_shape(predict._first, p, w, optimizer.init(w))
-    state = eqx.filter_eval_shape(predict._start, p, y, None)
-    time = lambda *t: jnp.asarray(t, w.dtype)
-    times = (time(0.0)[0], time(100.0)[0], jnp.arange(101.0), time(0.0, 100.0))
-    arguments = (p, state, *times, diffrax.NoProgressMeter())
+    p = integrate.Problem(flow, flat, optimizer, {}, jnp.zeros(0, jnp.int32), rtol)
+    end = jnp.asarray(100.0, w.dtype)
+    begin = lambda *start: integrate._begin(p, *start, None, end, None)[0]
+    now = eqx.filter_eval_shape(begin, w, optimizer.init(w))
+    pause = Pause(jnp.int32(10), jnp.int32(100), end, end)
+    arguments = (p, now, jnp.arange(101.0), jnp.array([0.0, 100.0]), pause)
     is_array = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
     dynamic, static = eqx.partition(arguments, is_array)
 
-    def integrate(dynamic):
-        part = predict._integrate.__wrapped__(*eqx.combine(dynamic, static))
+    def stretch(dynamic):
+        part = integrate._integrate.__wrapped__(*eqx.combine(dynamic, static))
         return eqx.filter(part, eqx.is_array)
 
-    plan = jax.jit(integrate).lower(dynamic).compile().memory_analysis()
+    plan = jax.jit(stretch).lower(dynamic).compile().memory_analysis()
     total = (
         plan.argument_size_in_bytes
         + plan.output_size_in_bytes
@@ -91,16 +91,33 @@ def measured(width: int, k: int, microbatch: int | None, name: str) -> float:
 
 
 def one(width: int, k: int, microbatch: int, name: str) -> None:
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Compilation takes memory too: that of the same program for a small network.
-    for small in (16, width):
-        objective, model = problem(small, microbatch or None)
-        w, _ = objective.flatten(model)
-        before = peak()
-        cf.predict(
-            objective, model, OPTIMIZERS[name], 5, flow=cf.CentralFlow(block_size=k)
-        )
-    print((peak() - before) / (w.size * w.dtype.itemsize))
+    objective, model = problem(width, microbatch or None)
+    n = objective.flatten(model)[0].size
+    # To what tolerance does not matter here, but for the time that it takes.
+    flow = cf.CentralFlow(block_size=k, eigen_tolerance=0.2)
+    predict = lambda optimizer, most: cf.predict(
+        objective, model, optimizer, 5, flow=flow, max_steps=most, throw=False
+    )
+    # One step, to compile, and to see where the edge is. Well below it the block need
+    # not be enlarged.
+    rate = lambda optimizer: optimizer.learning_rate
+    scaled = lambda x: eqx.tree_at(rate, OPTIMIZERS[name], x * rate(OPTIMIZERS[name]))
+    below = predict(scaled(jnp.float32(1)), 1)
+    optimizer = scaled(0.5 * below.critical_sharpness / below.sharpness[0, 0])
+    del below
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    predict(optimizer, 5)
+    peak = kilobytes("VmHWM") - before
+    print(1024 * peak / (4 * n))
+
+
+def kilobytes(what: str) -> int:
+    """An entry of the process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(what))
 
 
 def main() -> None:
@@ -108,25 +125,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[970, 3120])
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--measure", type=float, default=0, metavar="GB")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         *numbers, name = arguments.one
         return one(*map(int, numbers), name)
-    smallest, *others = arguments.widths
-    cases = [(smallest, k, None, "GradientDescent") for k in (4, 8, 16)]
-    cases += [(smallest, 8, 16, "GradientDescent"), (smallest, 8, None, "RMSProp")]
-    cases += [(width, 8, None, "GradientDescent") for width in others]
+    least = arguments.widths[0]
+    cases = [
+        (width, k, None, "GradientDescent")
+        for width in arguments.widths
+        for k in arguments.blocks
+    ]
+    cases += [(least, 8, 16, "GradientDescent"), (least, 8, None, "RMSProp")]
     rows = []
     for width, k, microbatch, name in cases:
         n, peak = planned(width, k, microbatch, name)
         formula = vectors(k, 1 if name == "RMSProp" else 0)
-        taken = "-"
-        if arguments.measure and width == smallest:
+        taken, gigabytes = "-", 4e-9 * n * peak
+        if gigabytes <= arguments.measure:
             taken = f"{measured(width, k, microbatch, name):.0f}"
         cells = [f"{n:,}", str(k), str(microbatch or "-"), name, f"{formula}"]
-        rows.append([*cells, f"{peak:.0f}", f"{4e-9 * n * peak:.2f} GB", taken])
+        rows.append([*cells, f"{peak:.0f}", f"{gigabytes:.2f} GB", taken])
         print(rows[-1], file=sys.stderr, flush=True)
     heading("Memory of a prediction, in vectors of n numbers")
     table(

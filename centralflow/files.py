@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -60,8 +61,13 @@ def write_arrays(
     path: Path, kind: str, header: dict[str, Any], arrays: dict[str, np.ndarray]
 ) -> None:
     """One `.npz` file of arrays, with what JSON can say in an array `header`."""
-    header = dict(format=_FORMATS[kind], version=package_version()) | header
-    arrays = arrays | dict(header=np.array(json.dumps(header)))
+    # Of types that are not NumPy's own, such as bfloat16, it writes the bytes alone.
+    others = {k: x for k, x in arrays.items() if x.dtype.isbuiltin == 2}
+    bits = {k: x.view(f"uint{8 * x.dtype.itemsize}") for k, x in others.items()}
+    dtypes = {k: x.dtype.name for k, x in others.items()}
+    told = dict(format=_FORMATS[kind], version=package_version(), dtypes=dtypes)
+    header = told | header
+    arrays = arrays | bits | dict(header=np.array(json.dumps(header)))
 
     def write(temporary):
         with temporary.open("wb") as file:
@@ -82,6 +88,8 @@ def read_arrays(
             arrays = dict(file)
         header = json.loads(str(arrays.pop("header")))
         found = header["format"]
+        for key, dtype in header.get("dtypes", {}).items():
+            arrays[key] = arrays[key].view(jnp.dtype(dtype))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"`{name}`: there is no file {shown}.") from error
     except Exception as error:  # files can be wrong in many ways

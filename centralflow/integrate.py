@@ -151,6 +151,7 @@ def integrate(
                     part[3],
                     bool(part[4]),
                 )
+                del part  # which has what came before a larger block
                 pace.learn(int(now.controller.steps) - step, clock.last)
                 bar.update(min(round(float(now.time)), bar.total) - bar.n)
                 if file.due(float(now.time)) or not runs():

@@ -26,7 +26,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
-from .sharding import sharded_like
+from .sharding import rows_like, sharded_like
 from .trajectory import Trajectory, finish
 
 
@@ -175,7 +175,7 @@ def predict(
         oscillation=series.get("oscillation", unknown),
         metrics=series["metrics"],
         weight_times=snapshots["t"],
-        weights=snapshots["weights"],
+        weights=rows_like(snapshots["weights"], now.y.weights),
         model=sharded_like(flat.model(now.y.weights), model),
         optimizer_state=jax.tree.map(
             lambda before, here: jnp.where(failure.failed, here, before),

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 
@@ -37,6 +37,16 @@ def sharded_like(tree: PyTree, like: PyTree) -> PyTree:
         return jax.device_put(x, sharding) if isinstance(sharding, NamedSharding) else x
 
     return jax.tree.map(moved, tree, automatic(like))
+
+
+def rows_like(rows: Array, vector: Array) -> Array:
+    """Rows of a matrix, each sharded as the vector is, if it is on a mesh."""
+    traced = isinstance(vector, jax.core.Tracer)
+    sharding = None if traced else getattr(vector, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return rows
+    spec = PartitionSpec(None, *sharding.spec)
+    return jax.device_put(rows, NamedSharding(sharding.mesh, spec))
 
 
 def on_host(x: Array | np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 import centralflow as cf
 from centralflow.flows import FlowState
 from centralflow.flows.base import Work
-from centralflow.solvers import ForesightController
+from centralflow.solvers import ForesightController, Pause, PausingController
 
 # Where the clock passes it, what is asked for fails; between two steps of an optimizer,
 # and not at an end of half a step.
@@ -309,7 +309,7 @@ def test_nothing_is_raised_under_jit(run, switch, code):
 
 @pytest.mark.slow
 def test_a_full_block_under_jit():
-    # One row has no room for guards, so that the first step already fills it.
+    # One row has no room for guards: it is full before the first step.
     @eqx.filter_jit
     def predict(data):
         run = _predict(cf.CentralFlow(substeps=2, block_size=1))
@@ -317,7 +317,8 @@ def test_a_full_block_under_jit():
 
     full = predict(_objective().data)
     assert full.result == cf.RESULTS.block_full
-    assert full.failure_time == 0.5
+    assert full.failure_time == 0
+    assert full.stats["accepted_steps"] == 0
     assert full.failure_value == 1
 
 
@@ -355,6 +356,23 @@ def test_out_of_steps(run, tmp_path):
 def test_a_wrong_limit(value):
     with pytest.raises(ValueError, match="`max_steps` must be a positive integer"):
         RUN["stable"](_objective(), max_steps=value)
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_the_limit_counts_rejected_steps(error):
+    pid = diffrax.PIDController(rtol=0, atol=1e-2, norm=jnp.abs)
+    controller, end = PausingController(pid), jnp.asarray(9.0)
+    t0, t1 = jnp.asarray(1.0), jnp.asarray(1.5)
+    _, state = controller.init(None, t0, end, t0, 0.5, None, None, 3)
+    most = Pause(jnp.int32(5), jnp.int32(2), jnp.asarray(np.inf), end)
+    paused = []
+    for _ in range(2):
+        keep, t0, t1, _, state, result = controller.adapt_step_size(
+            t0, t1, t0, t0, most, jnp.asarray(error), 3, state
+        )
+        assert keep == (error == 0)
+        paused.append(bool(result == diffrax.RESULTS.max_steps_reached))
+    assert paused == [False, True]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])

@@ -37,6 +37,15 @@ def test_round_trip(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]  # nothing temporary left
 
 
+def test_types_that_numpy_does_not_know(run, tmp_path):
+    A = run.model["A"].astype(jnp.bfloat16)
+    small = eqx.tree_at(lambda r: r.model["A"], run, A)
+    small.save(tmp_path / "run.npz")
+    loaded = cf.Trajectory.load(tmp_path / "run.npz", model=small.model)
+    assert loaded.model["A"].dtype == jnp.bfloat16
+    assert eqx.tree_equal(loaded.model, small.model)
+
+
 @pytest.mark.parametrize(
     ("missing", "change"),
     [("loss", {}), ("metrics1", {}), ("", dict(result="promote")), ("", dict(stats=3))],

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 class Pause(eqx.Module):
     """When to pause: after so many steps, rejected ones too, counted from the start of
     the integration; and at the end of the first step that ends at `time` or later. But
-    not right before the last step, which goes to the `end` of the integration, unless
-    `most` steps were made."""
+    not right before the last step, which goes to the `end` of the integration. And in
+    any case after `most` steps, be it a rejected one."""
 
     steps: Int[Array, ""]
     most: Int[Array, ""]
@@ -55,7 +55,7 @@ class PausingController(diffrax.AbstractStepSizeController):
         # Diffrax cuts a step that would end within 100 units of rounding of the end.
         last = next_t1 >= args.end * (1 - 200 * jnp.finfo(next_t1.dtype).eps)
         pauses = keep & ~last & ((steps >= args.steps) | (next_t0 >= args.time))
-        pauses = pauses | (keep & (steps >= args.most) & (next_t0 < args.end))
+        pauses = pauses | ((steps >= args.most) & (next_t0 < args.end))
         codes = diffrax.RESULTS
         paused = codes.where(pauses, codes.max_steps_reached, codes.successful)
         result = codes.where(result == codes.successful, paused, result)

@@ -104,7 +104,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
         X = jnp.zeros_like(C)
         e = term.complete(y0, e, X, 1, jnp.bool_(True))
         if previous is None:
-            mean = forcing = term.forcing(y0, first, X)
+            zero = lambda x: jnp.zeros(x.shape, x.dtype)
+            like = jax.eval_shape(lambda: term.forcing(y0, first, X))
+            mean = forcing = jax.tree.map(zero, like)  # X is
             excess = jnp.maximum(jnp.max(-jnp.diag(C)), 0)
         else:
             mean, forcing = previous.mean_forcing, previous.forcing
