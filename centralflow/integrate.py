@@ -103,6 +103,8 @@ def integrate(
         series, snapshots = map(_saved, rest)
 
     def save():
+        if file.path is None:
+            return
         header = clock.header() | dict(
             enlarged=enlarged,
             paused=paused,
@@ -165,6 +167,7 @@ def integrate(
             last = dict(t=now.time[None], weights=now.y.weights[None])
             snapshots = [*snapshots, last]
     # Not a single step may have been made.
+    first = jax.tree.map(on_host, first)
     return now, _join(series or [first[0]]), _join(snapshots or [first[1]]), failure
 
 
@@ -383,7 +386,7 @@ def _saved(rows: Rows) -> list[Rows]:
     """The rows that were reached, up to the first that is not finite."""
     names = ("t", *LOSSES) if "loss" in rows else ("t", "weights")
     count = leading_finite(*(rows[name] for name in names))
-    return [jax.tree.map(lambda x: on_host(x[:count]), rows)] if count else []
+    return [jax.tree.map(lambda x: on_host(x)[:count], rows)] if count else []
 
 
 def _join(parts: list[Rows]) -> Rows:
