@@ -293,9 +293,8 @@ distance travelled, as of [`centralflow.Comparison`][].
 FINDINGS = """\
 Where the top eigenvalue is off by 3 % or more, that is about how far the mean of the
 run's is above 2: the flow holds all critical eigenvalues at 2, those of the run move
-around it, and the largest of several is mostly above. So the rows with three and four
-critical eigenvalues have the largest errors. Rows whose run is hardly at the edge are
-easy for both flows.
+around it, and the largest of several is mostly above. With a single one the error is
+about 1 % or less. Rows whose run is hardly at the edge are easy for both flows.
 """
 
 
