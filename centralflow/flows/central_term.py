@@ -301,10 +301,13 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         slowness = stiff.slowness(e.sharpness, dt)
         sharpness = e.sharpness * jnp.minimum(_TURNED * slowness, 1)
 
+        squares = U * U
+
         def largest(share):
             state = relaxed_state(self.optimizer, y, rate, share * dt)
             P = self.optimizer.preconditioner(state)
-            return jnp.max(jnp.where(seen, sharpness / jnp.sum(U * P * U, 1), 0))
+            norms = squares @ P if P.ndim else P * jnp.sum(squares, axis=1)
+            return jnp.max(jnp.where(seen, sharpness / norms, 0))
 
         shares = jnp.linspace(0, 1, 17, dtype=dt.dtype)
         rates = [0.1 * self.optimizer.critical_sharpness]  # at least
