@@ -65,7 +65,9 @@ def accuracy(model: Callable, batch: Batch) -> Float[Array, ""]:
     above 1/2.
 
     As a metric of `train` and `predict`:
-    `metrics={"accuracy": lambda model: cf.losses.accuracy(model, data)}`.
+    `metrics={"accuracy": lambda model: cf.losses.accuracy(model, data)}`. Its second
+    derivatives are zero, so that a flow reports the accuracy at its weights, not the
+    average over the oscillation.
     """
     outputs, targets, mask = _evaluate(model, batch)
     if outputs.shape[-1] == 1:

@@ -63,13 +63,17 @@ def write_folder(path, files):
     return path
 
 
-def write_archive(path, files):
-    with tarfile.open(path / "cifar.tar.gz", "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
+def write_archive(path, files, name="cifar.tar.gz", mode="w:gz"):
+    with tarfile.open(path / name, mode) as archive:
+        for member_name, content in files.items():
+            member = tarfile.TarInfo(member_name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    return path / "cifar.tar.gz"
+    return path / name
+
+
+def write_unzipped_archive(path, files):
+    return write_archive(path, files, "cifar.tar", "w")
 
 
 def expected(names, labels=range(10), size=None):

@@ -14,6 +14,7 @@ from .cifar10_files import (
     python3,
     write_archive,
     write_folder,
+    write_unzipped_archive,
 )
 
 
@@ -24,7 +25,7 @@ def _check(data, other_data):
         np.testing.assert_allclose(array, other, rtol=1e-5, atol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("write", [write_folder, write_archive])
+@pytest.mark.parametrize("write", [write_folder, write_archive, write_unzipped_archive])
 @pytest.mark.parametrize("version", ["binary", python2, python3])
 def test_cifar10_reads_every_version(tmp_path, version, write):
     path = write(tmp_path, official_files(version))

@@ -33,7 +33,7 @@ def test_cifar10_one_missing_file(tmp_path, version):
 
 def test_cifar10_no_files(tmp_path):
     for path in (tmp_path, tmp_path / "none", write_archive(tmp_path, {})):
-        message = f"in `{path}`.* https://www.cs.toronto.edu"
+        message = f"There is no .*`{path}`.* https://www.cs.toronto.edu"
         with pytest.raises(FileNotFoundError, match=message):
             cf.data.cifar10(path)
 

@@ -94,6 +94,8 @@ class Log:
 
         path = folder / RESULTS
         if not path.is_file():
+            if not folder.is_dir():
+                raise ValueError(f"there is no folder {folder}.")
             raise ValueError(f"there are no results in {folder} yet.")
         try:
             with h5py.File(path) as file:

@@ -40,10 +40,16 @@ def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
         files = (path / folder / name for folder in FOLDERS for name in names)
         return {file.name: file.read_bytes() for file in files if file.is_file()}
     if not path.exists():
-        return {}
+        raise FileNotFoundError(
+            f"There is no `{path}`. Download the binary version or the Python version "
+            f"of CIFAR-10 from {SOURCE} and give the path of the archive, or of the "
+            "folder that it is unpacked to."
+        )
     contents = {}
     try:
-        with gzip.open(path) as file:
+        with path.open("rb") as start:
+            zipped = start.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     # A member's folder is of no interest: nothing is written anywhere.
@@ -54,8 +60,8 @@ def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
                 pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
-            f"`{path}` is damaged or no .tar.gz archive ({error}): download it again "
-            f"from {SOURCE}."
+            f"`{path}` is damaged or no .tar.gz or .tar archive ({error}): download it "
+            f"again from {SOURCE}."
         ) from error
     return contents
 
