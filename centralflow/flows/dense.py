@@ -16,10 +16,9 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
 
     Weights are cubic; loss, squared gradient norm and the metrics without what
     oscillations add to them too, on a logarithmic scale if they are positive: a
-    straight line would be off by a percent where the step's error is far smaller. What
-    oscillations add is quadratic, with the `mean` that it has over the step; but until
-    the `onset`, a share of the step, there are none, and after it the sharpness is what
-    it is at the end. All the rest is linear.
+    straight line would be off by a percent where the step's error is far smaller. All
+    the rest is linear; but until the `onset`, a share of the step, there are no
+    oscillations, and after it the sharpness is what it is at the end.
     """
 
     t0: Any
@@ -28,7 +27,6 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     y1: FlowState
     rate0: FlowState
     rate1: FlowState
-    mean: Any
     before: FlowState
     ratio: Any
     onset: Any
@@ -61,11 +59,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         )
         smooth["sharpness"] = smooth["sharpness"].at[0].set(first)
         oscillating = jax.tree.map(
-            lambda a, b, mean: jnp.where(
-                x >= self.onset, with_mean(x, a, b, mean), jnp.zeros_like(a)
-            ),
-            *(y.observables["oscillating"] for y in ys),
-            self.mean,
+            lambda v: jnp.where(x >= self.onset, v, 0),
+            linear.observables["oscillating"],
         )
         observables = {
             **linear.observables,
@@ -116,12 +111,3 @@ def _limited(slope: Float[Array, "*n"], mean: Float[Array, "*n"]) -> Float[Array
     distance = jnp.linalg.norm(away)
     far = distance > length
     return mean + away * jnp.where(far, length / jnp.where(far, distance, 1), 1)
-
-
-def with_mean(x: Array, a: Array, b: Array, mean: Array) -> Array:
-    """The parabola from a to b with that mean over [0, 1]. Between (a + b) / 3 and
-    twice that, it has the sign of a and b, and is monotone if one of them is zero."""
-    middle = (a + b) / 2
-    most = jnp.abs(middle) / 3
-    excess = jnp.clip(mean - middle, -most, most)
-    return a + x * (b - a) + 6 * x * (1 - x) * excess

@@ -87,10 +87,7 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
         jnp.where(jnp.arange(e.sharpness.size) < e.known, e.sharpness, -jnp.inf)
         for e in (step.expansion0, step.predicted, step.expansion1)
     )
-    # Those that have just come to the edge are held there from now on.
-    rows = jnp.arange(after.size)
-    arrived = (rows >= step.expansion0.held) & (rows < step.expansion1.held)
-    both = jnp.isfinite(before) & jnp.isfinite(predicted) & ~arrived
+    both = jnp.isfinite(before) & jnp.isfinite(predicted)
     speed = jnp.where(both, jnp.maximum(predicted - before, 0), 0) / step.dt
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)

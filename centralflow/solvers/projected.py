@@ -30,7 +30,6 @@ class _State(eqx.Module):
     y_before: Any  # and the state
     mean_forcing: PyTree[Array]  # over the last step
     forcing: PyTree[Array]  # at its end
-    mean_of_X: PyTree[Array]  # the observables of X, over the last step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
@@ -71,10 +70,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
     factor dt lambda, and X would lag behind what the constraint asks for; were it that
     of the mean rate, X would overshoot from step to step.
 
-    The observables of y have `smooth` and `oscillating` parts. The latter are linear in
-    X. Their mean over a step is known better than their values at its ends: like that
-    of the forcing, which the constraint determines. Or, where the first row becomes
-    tight, they jump.
+    The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
+    linear in a step; or, where the first row becomes tight, jump.
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -122,7 +119,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             mean,
             forcing,
-            _of_X(y0),
             stiff,
             dt=dt,
             memory=dt,
@@ -254,11 +250,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
         failure = first_of(s.failure.at(t0), failure.at(t1))
         error = jnp.where(failure.failed, jnp.inf, error)
 
-        # The observables of X. If they were zero before, or not known, they are zero up
-        # to the onset and constant thereafter.
+        # The observables of X, linear between the ends of steps. If they were zero
+        # before, or not known, they are zero up to the onset and constant thereafter.
         within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
         y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
-        mean_of_X = mean(_of_X(y1), s.mean_of_X)
         begins = (s.dt == 0) | term.begins(s.expansion)
         first = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), _of_X(y1))
         y_error = eqx.tree_at(
@@ -269,7 +264,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
         info = dict(
             y0=eqx.tree_at(_of_X, y0, first),
             y1=y1,
-            mean=mean_of_X,
             rate0=rate0,
             rate1=rate1,
             before=s.y_before,
@@ -283,7 +277,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             within(mean_forcing),
             within(forcing),
-            mean_of_X,
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
