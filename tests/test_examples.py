@@ -76,7 +76,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
         ("=0.7", "=0.1"),
         ("steps=86", "steps=3"),
         ("=400", "=12"),
-        ("=110", "=3"),
+        ("=100", "=3"),
         ("=500", "=12"),
         ("100:", "2:"),
     ):

@@ -24,14 +24,18 @@ def read_examples(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     )
     for name in names:
         if name not in contents:
-            raise FileNotFoundError(
-                f"There is no `{name}` in `{path}`. Download the binary version or the "
-                f"Python version of CIFAR-10 from {SOURCE} and give the path of the "
-                "archive, or of the folder that it is unpacked to."
-            )
+            raise _missing(f"`{name}` in `{path}`")
     parts = [parse(f"`{name}` in `{path}`", contents[name]) for name in names]
     images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     return images, labels
+
+
+def _missing(what: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"There is no {what}. Download the binary version or the Python version of "
+        f"CIFAR-10 from {SOURCE} and give the path of the archive, or of the folder "
+        "that it is unpacked to."
+    )
 
 
 def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
@@ -40,11 +44,7 @@ def _contents(path: Path, names: set[str]) -> dict[str, bytes]:
         files = (path / folder / name for folder in FOLDERS for name in names)
         return {file.name: file.read_bytes() for file in files if file.is_file()}
     if not path.exists():
-        raise FileNotFoundError(
-            f"There is no `{path}`. Download the binary version or the Python version "
-            f"of CIFAR-10 from {SOURCE} and give the path of the archive, or of the "
-            "folder that it is unpacked to."
-        )
+        raise _missing(f"`{path}`")
     contents = {}
     try:
         with path.open("rb") as start:

@@ -110,9 +110,11 @@ class AbstractFlow(eqx.Module):
         optimizer_state: PyTree[Array],
     ) -> FlowState:
         """The state at the start, from the weights there and the optimizer state
-        *before* their gradient enters it. By default it has entered."""
-        gradient = objective.grad(weights)
-        return FlowState(weights, optimizer.update_state(optimizer_state, gradient), {})
+        *before* their gradient enters it. It has entered if there is a `delay`."""
+        if self.delay:
+            gradient = objective.grad(weights)
+            optimizer_state = optimizer.update_state(optimizer_state, gradient)
+        return FlowState(weights, optimizer_state, {})
 
     @property
     def delay(self) -> int:

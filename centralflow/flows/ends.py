@@ -178,15 +178,6 @@ class AbstractEndsFlow(AbstractFlow):
     def delay(self) -> int:
         return 0
 
-    def first(
-        self,
-        objective: FlatObjective,
-        optimizer: AbstractOptimizer,
-        weights: Float[Array, " n"],
-        optimizer_state: PyTree[Array],
-    ) -> FlowState:
-        return FlowState(weights, optimizer_state, {})
-
     def tolerance(self, rtol: float | None) -> float:
         return _STABLE.tolerance(rtol)
 
