@@ -145,6 +145,8 @@ def test_momentum_of_all_processes(optimizer, tmp_path):
         (("--processes", "discrete,none"), "--processes"),
         (("--processes", "midpoint"), "--processes"),
         (("--processes", "central,central"), "--processes"),
+        (("--seed", 2**64), "--seed"),
+        (("--eps", "x"), "--eps"),
         (("--learning-rate", "nan"), "--learning-rate"),
         (("--optimizer", "sgd"), "--optimizer"),
         (("--beta", 0.9), "--beta"),
@@ -170,6 +172,12 @@ def test_momentum_of_all_processes(optimizer, tmp_path):
         (("--data", "text", "--model", "lstm", "--path", "{file}"), "--size"),
         (("--size", 1700), "--size"),
         (("--noise", 0.1), "--noise"),
+        (("--data", "circles", "--ratio", 1), "--ratio"),
+        (("--data", "moons", "--ratio", 0.5), "--ratio"),
+        (("--data", "random", "--classes", "1,2"), "--classes"),
+        (("--data", "cifar10", "--path", "{folder}", "--classes", "3,3"), "--classes"),
+        (("--data", "cifar10", "--path", "{folder}", "--classes", "3,10"), "--classes"),
+        (("--data", "cifar10", "--path", "{folder}", "--classes", 11), "--classes"),
         (("--data", "moons", "--model", "cnn"), "--model"),
         (("--data", "sorting"), "--model"),
         (("--model", "vit", "--patch-size", 3), "--patch-size"),
@@ -180,6 +188,9 @@ def test_momentum_of_all_processes(optimizer, tmp_path):
         (("--loss", "logistic"), "--loss"),
         (("--substeps", 2, "--rtol", 0.01), "--rtol"),
         (("--rtol", 0.9), "--rtol"),
+        (("--rtol", 0), "--rtol"),
+        (("--eigenvalues", 100_000), "--eigenvalues"),
+        (("--block-size", 100_000), "--block-size"),
         (("--watch", 1000), "--watch"),
         (("--eigenvalues-every", 15), "--eigenvalues-every"),
         (("--eigenvalues-of", "central"), "--eigenvalues-of"),
@@ -201,8 +212,35 @@ def test_wrong_argument(arguments, cause, tmp_path):
     assert result.exit_code == 2, result
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
-    assert f"'{cause}'" in result.stderr
+    assert result.stderr.startswith(f"error: Invalid value for '{cause}': ")
+    if cause in arguments[:-1] and not cause.startswith("--path"):
+        value = arguments[arguments.index(cause) + 1]
+        assert value in result.stderr
+    for name in options.Settings.__dataclass_fields__:
+        assert f"`{name}`" not in result.stderr
+        assert "_" not in name or name not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_examples_to_watch_are_among_few():
+    """Of a data set that is smaller than the default says, all are watched."""
+    chosen = settings.complete(options.Settings(size=2))
+    assert chosen.watch == "0,1"
+
+
+def test_some_classes_of_cifar10(tmp_path):
+    images = np.zeros((10, 3072), np.uint8)
+    records = np.concatenate([np.arange(10, dtype=np.uint8)[:, None], images], axis=1)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (tmp_path / f"{name}.bin").write_bytes(records.tobytes())
+    values = dict(data="cifar10", path=tmp_path, model="cnn", size=6, test_size=3)
+    for classes, labels in (("7,2,3", (1, 2, 0)), ("3", (0, 1, 2))):
+        chosen = settings.from_json(values | dict(classes=classes))
+        train, test = problem._data(settings.complete(chosen))
+        # In the order of the file, as columns in the order that was asked for.
+        np.testing.assert_array_equal(np.argmax(train[1], axis=1), labels * 2)
+        assert train[1].shape == (6, 3)
+        assert test[1].shape == (3, 3)
 
 
 def test_help_says_what_every_option_is():
@@ -221,7 +259,7 @@ TEXT = "sentence\tlabel\n" + "a good film\t1\nbad\t0\n" * 10
     "chosen",
     [
         dict(data="moons", loss="logistic"),
-        dict(data="circles"),
+        dict(data="circles", ratio=0.3),
         dict(data="random", features=4, classes=3),
         dict(model="cnn", widths="2,3"),
         dict(model="resnet", widths="4", groups=2),

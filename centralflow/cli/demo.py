@@ -15,36 +15,38 @@ from ..optimizers import GradientDescent
 from ..predict import predict
 from ..train import train
 from ..trajectory import Trajectory
-
-
-def _positive(value: float) -> float:
-    if not 0 < value < np.inf:
-        raise typer.BadParameter(f"{value:g} is not a positive number.")
-    return value
+from . import kinds
 
 
 def demo(
     output: Annotated[
         Path, typer.Option(file_okay=False, help="The folder for the results.")
     ],
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 400,
+    steps: Annotated[
+        int, typer.Option(help="Optimizer steps.", **kinds.integer(2))
+    ] = 400,
     learning_rate: Annotated[
-        float, typer.Option(callback=_positive, help="Of gradient descent.")
+        float, typer.Option(help="Of gradient descent.", **kinds.positive)
     ] = 0.7,
     warm_start: Annotated[
         int,
         typer.Option(
-            min=1, help="Optimizer steps before the comparison, past the first surge."
+            help="Optimizer steps before the comparison, past the first surge.",
+            **kinds.integer(1),
         ),
     ] = 86,
-    size: Annotated[int, typer.Option(min=1, max=1797, help="Examples.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
+    size: Annotated[
+        int, typer.Option(help="Examples.", **kinds.integer(1, 1797))
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option(help="Of the initial weights.", **kinds.integer(0))
+    ] = 0,
     substeps: Annotated[
         int | None,
         typer.Option(
-            min=1,
             help="Fixed steps of the flow per optimizer step; by default adaptive.",
             show_default=False,
+            **kinds.integer(1),
         ),
     ] = None,
     progress: Annotated[

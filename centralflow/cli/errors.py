@@ -4,7 +4,7 @@ the rest."""
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,11 @@ from typer.core import TyperGroup
 
 from ..trajectory import NumericalFailure, RunInterrupted
 
+_WORDS = {
+    "`in_shape`": "the images",
+    "in_shape=": "images of ",
+    "`CentralFlow`": "the central flow",
+}
 # Click's `UsageError`, wherever this version of Typer has it from.
 _UsageError = typer.BadParameter.__base__
 
@@ -49,16 +54,34 @@ def flag(name: str) -> str:
 
 
 @contextmanager
-def blame(name: str, options: Collection[str] = ()) -> Iterator[None]:
+def blame(name: str, options: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Turn what the library says of its arguments into an error of the option that the
     message is about: the first of `options` in it, else the option `name`."""
+    values = options or {}
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        message = str(error)
-        quoted = re.findall(r"`(\w+)(?:\[\d+\])?`", message)
-        name = next((q for q in quoted if q in options), name)
+        quoted = re.findall(r"`(\w+)(?:\[\d+\])?`", str(error))
+        name = next((q for q in quoted if q in values), name)
+        message = _as_typed(str(error), values)
+        if str(values.get(name, "")) not in message:
+            message = f"{values[name]}: {message}"
         raise wrong(name, message) from error
+
+
+def _as_typed(message: str, options: Mapping[str, Any]) -> str:
+    """The library's message, with its names as users of the command know them."""
+
+    def typed(match):
+        name = match[1] or match[2]
+        if name not in options:
+            return match[0]
+        return flag(name) + (" " if match[2] else "")
+
+    message = re.sub(r"`(\w+)(?:\[\d+\])?`|\b(\w+)(?:\[\d+\])?=", typed, message)
+    for ours, theirs in _WORDS.items():
+        message = message.replace(ours, theirs)
+    return re.sub(r"`(\w+)`", r"\1", message)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (demo, run, plot, compare):
-    app.command()(command)
+    # All of the sentence, which would else be cut to the width of the screen.
+    app.command(short_help=command.__doc__.splitlines()[0])(command)
 
 
 def main() -> None:

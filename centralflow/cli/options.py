@@ -5,10 +5,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from .. import models
+from . import kinds
 
 MODELS = {
     "mlp": models.MLP,
@@ -59,47 +59,12 @@ class LossName(StrEnum):
 ModelName = StrEnum("ModelName", {name: name for name in MODELS})
 
 
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 0 < value < np.inf:
-        raise typer.BadParameter(f"{value:g} is not a positive number.")
-    return value
-
-
-def _integers(text: str | None) -> str | None:
-    """Comma-separated integers that are not negative."""
-    if text is not None and not all(x.strip().isdecimal() for x in text.split(",")):
-        raise typer.BadParameter(f"{text!r} is not a list such as 16,32.")
-    return text
-
-
-def _some_of(known: tuple[str, ...], text: str) -> str:
-    """Comma-separated names, each known and given once, in the order of `known`."""
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.")
-    if len(set(names)) < len(names):
-        raise typer.BadParameter(f"{text!r} names a process twice.")
-    return ",".join(name for name in known if name in names)
-
-
-def _processes(text: str) -> str:
-    names = _some_of(PROCESSES, text)
-    if "midpoint" in names and "discrete" not in names:
-        raise typer.BadParameter("midpoint needs discrete, whose midpoints they are.")
-    return names
-
-
-def _measured(text: str) -> str:
-    return _some_of(MEASURED, text)
-
-
-def _option(text: str, default: Any = None, **options: Any) -> Any:
+def _option(text: str, kind: Any = None, default: Any = None, **options: Any) -> Any:
     """An option; `default` says in the help what it is if it is not constant."""
     if default is not None:
         options["show_default"] = str(default)
     names = [options.pop("flag")] if "flag" in options else []
-    return typer.Option(*names, help=text, **options)
+    return typer.Option(*names, help=text, **(kind or {}), **options)
 
 
 _Count = int | None
@@ -115,75 +80,79 @@ class Settings:
         _option(
             "What to run side by side, separated by commas: the discrete optimizer, "
             "its second-order midpoints, the central flow, the stable flow.",
-            callback=_processes,
+            kinds.some_of(PROCESSES),
         ),
     ] = ",".join(PROCESSES)
-    steps: Annotated[int, _option("Optimizer steps.", min=2)] = 1000
+    steps: Annotated[int, _option("Optimizer steps.", kinds.integer(2))] = 1000
     warm_start: Annotated[
         int,
         _option(
             "Steps of the optimizer before all processes start: so many that the "
             "sharpness is not above the critical one there, or the flow warns.",
-            min=0,
+            kinds.integer(0),
         ),
     ] = 0
-    seed: Annotated[int, _option("Of the initial weights.", min=0)] = 0
-    data_seed: Annotated[int, _option("Of data that are drawn.", min=0)] = 0
+    seed: Annotated[int, _option("Of the initial weights.", kinds.integer(0))] = 0
+    data_seed: Annotated[int, _option("Of data that are drawn.", kinds.integer(0))] = 0
     float64: Annotated[
         bool, _option("Compute in float64 or in float32.", flag="--float64/--float32")
     ] = False
 
-    optimizer: Annotated[OptimizerName, _option("The optimizer.")] = (
-        OptimizerName.gradient_descent
-    )
+    optimizer: Annotated[
+        OptimizerName, _option("The optimizer.", kinds.one_of(OptimizerName))
+    ] = OptimizerName.gradient_descent
     learning_rate: Annotated[
         _Real,
         _option(
             "Of the optimizer; the largest of a schedule.",
+            kinds.positive,
             "0.2; scalar-rmsprop 0.01, adam 0.005, nadam 0.003, rmsprop 0.0002",
-            callback=_positive,
         ),
     ] = None
     schedule: Annotated[
         ScheduleName,
-        _option("How the rate goes on after the warm-up, until the last step."),
+        _option(
+            "How the rate goes on after the warm-up, until the last step.",
+            kinds.one_of(ScheduleName),
+        ),
     ] = ScheduleName.constant
     warm_up: Annotated[
         int,
         _option(
             "Steps in which the rate rises linearly, counted, as the schedule is, from "
             "the first step of the warm start.",
-            min=0,
+            kinds.integer(0),
         ),
     ] = 0
     final_rate: Annotated[
         _Real,
         _option(
             "Where cosine and linear end, at the last step, over the largest rate.",
+            kinds.share,
             0.0,
-            min=0,
-            max=1,
         ),
     ] = None
     beta: Annotated[
-        _Real, _option("Decay of the momentum of heavy-ball and nesterov.", 0.9)
+        _Real,
+        _option("Decay of the momentum of heavy-ball and nesterov.", kinds.decay, 0.9),
     ] = None
     averaged: Annotated[
         bool | None,
         _option(
             "Whether the momentum m of heavy-ball and nesterov is an average of the "
             "gradients, m <- beta m + (1 - beta) g, or a sum, m <- beta m + g.",
-            "no-averaged",
+            default="no-averaged",
             flag="--averaged/--no-averaged",
         ),
     ] = None
     beta1: Annotated[
-        _Real, _option("Decay of the momentum of adam and nadam.", 0.9)
+        _Real, _option("Decay of the momentum of adam and nadam.", kinds.decay, 0.9)
     ] = None
     beta2: Annotated[
         _Real,
         _option(
             "Decay of the second moment of rmsprop, scalar-rmsprop, adam and nadam.",
+            kinds.decay,
             "0.99; adam and nadam 0.999",
         ),
     ] = None
@@ -191,6 +160,7 @@ class Settings:
         _Real,
         _option(
             "Added to the root of the second moment, in the denominator of the step.",
+            kinds.not_negative,
             1e-8,
         ),
     ] = None
@@ -198,7 +168,7 @@ class Settings:
         bool | None,
         _option(
             "Whether the moments are corrected for their start at zero.",
-            "no-bias-correction; adam and nadam bias-correction",
+            default="no-bias-correction; adam and nadam bias-correction",
             flag="--bias-correction/--no-bias-correction",
         ),
     ] = None
@@ -207,16 +177,21 @@ class Settings:
         DataName,
         _option(
             "The data: images (digits, cifar10), labelled sentences (text), sequence "
-            "tasks (sorting, copying), points (moons, circles), random labels."
+            "tasks (sorting, copying), points (moons, circles), random labels.",
+            kinds.one_of(DataName),
         ),
     ] = DataName.digits
-    loss: Annotated[LossName, _option("The loss; logistic is for two classes.")] = (
-        LossName.squared_error
-    )
-    size: Annotated[int, _option("Training examples.", min=1)] = 1000
+    loss: Annotated[
+        LossName,
+        _option("The loss; logistic is for two classes.", kinds.one_of(LossName)),
+    ] = LossName.squared_error
+    size: Annotated[int, _option("Training examples.", kinds.integer(1))] = 1000
     test_size: Annotated[
         int,
-        _option("Examples to test on, or 0; those of text are in --test-path.", min=0),
+        _option(
+            "Examples to test on, or 0; those of text are in --test-path.",
+            kinds.integer(0),
+        ),
     ] = 200
     path: Annotated[
         Path | None,
@@ -230,27 +205,44 @@ class Settings:
         Path | None, _option("The file of text to test on.", resolve_path=True)
     ] = None
     classes: Annotated[
-        _Count, _option("Of cifar10 (the first), text, random.", "10; text 2", min=2)
+        str | None,
+        _option(
+            "Of cifar10, text and random, how many; or, of cifar10, a list of labels.",
+            kinds.classes,
+            "10; text 2",
+        ),
     ] = None
     length: Annotated[
         _Count,
-        _option("Words of a sentence; symbols to sort or copy.", "8; text 64", min=1),
+        _option(
+            "Words of a sentence; symbols to sort or copy.",
+            kinds.integer(1),
+            "8; text 64",
+        ),
     ] = None
     vocabulary: Annotated[
         _Count,
         _option(
             "Different tokens of text, or symbols to sort or copy.",
+            kinds.integer(2),
             "8; text 10000",
-            min=2,
         ),
     ] = None
-    features: Annotated[_Count, _option("Inputs of random data.", 10, min=1)] = None
+    features: Annotated[
+        _Count, _option("Inputs of random data.", kinds.integer(1), 10)
+    ] = None
     noise: Annotated[
         _Real,
         _option(
             "Standard deviation, of the points' coordinates.",
+            kinds.not_negative,
             "moons 0.1, circles 0.05",
-            min=0,
+        ),
+    ] = None
+    ratio: Annotated[
+        _Real,
+        _option(
+            "Radius of the inner one of the circles; the outer is 1.", kinds.ratio, 0.5
         ),
     ] = None
     microbatch_size: Annotated[
@@ -258,8 +250,8 @@ class Settings:
         _option(
             "Examples that are differentiated at once, which bounds the memory; the "
             "derivatives are those of all.",
+            kinds.integer(1),
             "all",
-            min=1,
         ),
     ] = None
 
@@ -267,57 +259,74 @@ class Settings:
         ModelName,
         _option(
             "The network: mlp is for images and points; cnn, resnet, vit for images; "
-            "lstm, transformer, mamba for text and sequence tasks."
+            "lstm, transformer, mamba for text and sequence tasks.",
+            kinds.one_of(ModelName),
         ),
     ] = ModelName.mlp
     width: Annotated[
-        _Count, _option("Of the layers; not of cnn and resnet.", "32; mlp 64", min=1)
+        _Count,
+        _option(
+            "Of the layers; not of cnn and resnet.", kinds.integer(1), "32; mlp 64"
+        ),
     ] = None
     widths: Annotated[
         str | None,
         _option(
             "Channels of the layers of cnn and of the stages of resnet.",
+            kinds.integers(1),
             "16,32",
-            callback=_integers,
         ),
     ] = None
     depth: Annotated[
-        _Count, _option("Layers or blocks; not of cnn.", "2; resnet and lstm 1", min=1)
+        _Count,
+        _option(
+            "Layers or blocks; not of cnn.", kinds.integer(1), "2; resnet and lstm 1"
+        ),
     ] = None
     groups: Annotated[
-        _Count, _option("Groups of resnet's normalization.", 4, min=1)
+        _Count, _option("Groups of resnet's normalization.", kinds.integer(1), 4)
     ] = None
     heads: Annotated[
-        _Count, _option("Heads of the attention of vit and transformer.", 4, min=1)
+        _Count,
+        _option("Heads of the attention of vit and transformer.", kinds.integer(1), 4),
     ] = None
     patch_size: Annotated[
-        _Count, _option("Height and width of vit's patches, in pixels.", 4, min=1)
+        _Count,
+        _option("Height and width of vit's patches, in pixels.", kinds.integer(1), 4),
     ] = None
     state_size: Annotated[
-        _Count, _option("States of each of mamba's channels.", 16, min=1)
+        _Count, _option("States of each of mamba's channels.", kinds.integer(1), 16)
     ] = None
     kernel_size: Annotated[
-        _Count, _option("Length of mamba's convolution.", 4, min=1)
+        _Count, _option("Length of mamba's convolution.", kinds.integer(1), 4)
     ] = None
     last_scale: Annotated[
         _Real,
-        _option("Multiplies the last layer's initial weights; not of mlp.", 1.0, min=0),
+        _option(
+            "Multiplies the last layer's initial weights; not of mlp.",
+            kinds.not_negative,
+            1.0,
+        ),
     ] = None
 
     substeps: Annotated[
         _Count,
-        _option("Fixed steps of the flow per optimizer step.", "adaptive", min=1),
+        _option(
+            "Fixed steps of the flow per optimizer step.", kinds.integer(1), "adaptive"
+        ),
     ] = None
-    rtol: Annotated[_Real, _option("Tolerance of the adaptive central flow.", 0.01)] = (
-        None
-    )
+    rtol: Annotated[
+        _Real, _option("Tolerance of the adaptive central flow.", kinds.positive, 0.01)
+    ] = None
     block_size: Annotated[
         int,
-        _option("Eigenvectors the central flow starts with room for.", min=1),
+        _option(
+            "Eigenvectors the central flow starts with room for.", kinds.integer(1)
+        ),
     ] = 8
     eigenvalues: Annotated[
         int,
-        _option("Eigenvalues of P^-1 H to measure, or 0.", min=0),
+        _option("Eigenvalues of P^-1 H to measure, or 0.", kinds.integer(0)),
     ] = 4
     eigenvalues_of: Annotated[
         str,
@@ -327,19 +336,21 @@ class Settings:
             "iterates; stable, along the stable flow. For the latter two, "
             "preconditioners with a number for each weight are in memory for all steps "
             "between two checkpoints. Those of the central flow are always logged.",
-            callback=_measured,
+            kinds.some_of(MEASURED),
         ),
     ] = "midpoint"
     eigenvalues_every: Annotated[
         _Count,
-        _option("Steps from one measurement to the next.", "--log-every", min=1),
+        _option(
+            "Steps from one measurement to the next.", kinds.integer(1), "--log-every"
+        ),
     ] = None
     log_every: Annotated[
         int,
         _option(
             "Steps from one logged step to the next. The weights at all of them "
             "between two checkpoints are in memory.",
-            min=1,
+            kinds.integer(1),
         ),
     ] = 10
     checkpoint_every: Annotated[
@@ -347,15 +358,16 @@ class Settings:
         _option(
             "Steps from one checkpoint to the next. The steps of an adaptive flow are "
             "short after each, so that many make it dearer.",
+            kinds.integer(1),
             "about 500",
-            min=1,
         ),
     ] = None
     watch: Annotated[
-        str,
+        str | None,
         _option(
             "Training examples whose network outputs are logged, by their numbers "
             "from 0.",
-            callback=_integers,
+            kinds.integers(0),
+            "0,1,2",
         ),
-    ] = "0,1,2"
+    ] = None

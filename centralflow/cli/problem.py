@@ -140,6 +140,13 @@ def build(settings: Settings) -> Problem:
         plain["test_accuracy"] = Mean(on(losses.accuracy, test))
     with blame("block_size", vars(s)):
         flow = CentralFlow(s.substeps, block_size=s.block_size)
+    for name in ("eigenvalues", "block_size"):
+        if (value := getattr(s, name)) > weights.size:
+            raise wrong(
+                name,
+                f"{value} is more than the model has parameters: give {weights.size} "
+                "or less.",
+            )
     return Problem(objective, _optimizer(s), flow, flat, weights, plain, predicted)
 
 
@@ -157,7 +164,9 @@ def _model(s: Settings, batch: tuple) -> PyTree:
     kind = _KINDS[s.data]
     if kind not in _TAKES[s.model]:
         fitting = [name for name, taken in _TAKES.items() if kind in taken]
-        raise wrong("model", f"--data {s.data} is for {', '.join(fitting)}.")
+        raise wrong(
+            "model", f"{s.model} is not for --data {s.data}: {', '.join(fitting)} is."
+        )
     inputs, targets = batch[:2]
     out = targets.shape[-1]
     names = ("width", "depth", "groups", "heads", "state_size", "kernel_size")
@@ -188,7 +197,11 @@ def _data(s: Settings) -> tuple[tuple, tuple | None]:
         train, test = _READERS[s.data](s)
     if s.loss == "logistic":
         if train[1].shape[-1] != 2:
-            raise wrong("loss", f"logistic is for 2 classes, not {train[1].shape[-1]}.")
+            raise wrong(
+                "loss",
+                f"logistic is for 2 classes, and --data {s.data} has "
+                f"{train[1].shape[-1]}: take another.",
+            )
         one = lambda batch: None if batch is None else (batch[0], batch[1][..., 1:])
         train, test = one(train), one(test)
     return train, test
@@ -199,7 +212,7 @@ def _digits(s: Settings) -> tuple[tuple, tuple | None]:
         raise wrong(
             "size",
             f"{s.size} and --test-size {s.test_size} together exceed the {_DIGITS} "
-            "digits.",
+            "digits: lower one of them.",
         )
     both = data.digits(s.size + s.test_size)
     part = lambda where: tuple(x[where] for x in both)
@@ -207,18 +220,20 @@ def _digits(s: Settings) -> tuple[tuple, tuple | None]:
 
 
 def _cifar10(s: Settings) -> tuple[tuple, tuple | None]:
-    train = data.cifar10(s.path, s.size, s.classes)
+    # A number, or a list of labels.
+    classes = integers(s.classes) if "," in s.classes else int(s.classes)
+    train = data.cifar10(s.path, s.size, classes)
     if not s.test_size:
         return train, None
     with blame("test_size"):
-        return train, data.cifar10(s.path, s.test_size, s.classes, "test")
+        return train, data.cifar10(s.path, s.test_size, classes, "test")
 
 
 def _text(s: Settings) -> tuple[tuple, tuple | None]:
     words = data.frequent_words(s.path, max(s.vocabulary - 2, 1), s.size)
     words = words[: s.vocabulary - 2]
     read = lambda path, size: data.text_classification(
-        path, size, s.length, words, s.classes
+        path, size, s.length, words, int(s.classes)
     )
     train = read(s.path, s.size)
     if s.test_path is None or not s.test_size:
@@ -245,8 +260,8 @@ _READERS = {
     "sorting": _drawn(lambda s, n, k: data.sorting(n, s.length, s.vocabulary, key=k)),
     "copying": _drawn(lambda s, n, k: data.copying(n, s.length, s.vocabulary, key=k)),
     "moons": _drawn(lambda s, n, k: data.moons(n, s.noise, key=k)),
-    "circles": _drawn(lambda s, n, k: data.circles(n, s.noise, key=k)),
+    "circles": _drawn(lambda s, n, k: data.circles(n, s.noise, s.ratio, key=k)),
     "random": _drawn(
-        lambda s, n, k: data.random_classification(n, s.features, s.classes, key=k)
+        lambda s, n, k: data.random_classification(n, s.features, int(s.classes), key=k)
     ),
 }

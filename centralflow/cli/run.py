@@ -61,7 +61,7 @@ def run(
     """
     if resume:
         if overwrite:
-            raise wrong("overwrite", "it excludes --resume.")
+            raise wrong("overwrite", "it excludes --resume: give one of the two.")
         chosen = _saved_settings(
             output, {k: v for k, v in settings.items() if k in given}
         )

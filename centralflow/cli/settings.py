@@ -48,7 +48,7 @@ _ONLY: dict[str, tuple[str, tuple[str, ...], Any]] = {
     ),
     "path": ("data", ("cifar10", "text"), None),
     "test_path": ("data", ("text",), None),
-    "classes": ("data", ("cifar10", "text", "random"), dict(text=2, default=10)),
+    "classes": ("data", ("cifar10", "text", "random"), dict(text="2", default="10")),
     "length": ("data", ("text", "sorting", "copying"), dict(text=64, default=8)),
     "vocabulary": (
         "data",
@@ -57,6 +57,7 @@ _ONLY: dict[str, tuple[str, tuple[str, ...], Any]] = {
     ),
     "features": ("data", ("random",), 10),
     "noise": ("data", ("moons", "circles"), dict(moons=0.1, circles=0.05)),
+    "ratio": ("data", ("circles",), 0.5),
     "width": ("model", ("mlp", "vit", *_SEQUENCES), None),
     "widths": ("model", ("cnn", "resnet"), "16,32"),
     "depth": ("model", ("mlp", "resnet", "vit", *_SEQUENCES), None),
@@ -78,7 +79,9 @@ def complete(settings: Settings) -> Settings:
         chosen, value = getattr(settings, choice), getattr(settings, name)
         if chosen not in allowed and value is not None:
             raise wrong(
-                name, f"it is for {flag(choice)} {', '.join(allowed)}, not {chosen}."
+                name,
+                f"{value} is given, but {flag(choice)} is {chosen}: it is for "
+                f"{', '.join(allowed)}.",
             )
         if chosen in allowed and value is None:
             if isinstance(default, dict):
@@ -86,27 +89,66 @@ def complete(settings: Settings) -> Settings:
             if default is None and choice == "model":
                 default = inspect.signature(MODELS[chosen]).parameters[name].default
             found[name] = default
-    if settings.path is None and settings.data in ("cifar10", "text"):
-        raise wrong("path", f"--data {settings.data} needs it.")
-    log, eigen = settings.log_every, settings.eigenvalues_every
-    eigen = found["eigenvalues_every"] = log if eigen is None else eigen
-    every = settings.checkpoint_every
-    if every is None:
-        every = found["checkpoint_every"] = max(1, round(500 / eigen)) * eigen
-    _check_multiple("eigenvalues_every", eigen, "log_every", log)
-    _check_multiple("checkpoint_every", every, "eigenvalues_every", eigen)
-    for name in settings.eigenvalues_of.split(","):
-        if name != "midpoint" and name not in settings.processes.split(","):
-            raise wrong("eigenvalues_of", f"{name} is not among --processes.")
-    for index in integers(settings.watch):
-        if index >= settings.size:
-            raise wrong("watch", f"there is no example {index} of {settings.size}.")
-    return dataclasses.replace(settings, **found)
+    if settings.eigenvalues_every is None:
+        found["eigenvalues_every"] = settings.log_every
+    if settings.checkpoint_every is None:
+        every = settings.eigenvalues_every or settings.log_every
+        found["checkpoint_every"] = max(1, round(500 / every)) * every
+    if settings.watch is None:
+        found["watch"] = ",".join(map(str, range(min(3, settings.size))))
+    settings = dataclasses.replace(settings, **found)
+    _check(settings)
+    return settings
+
+
+def _check(s: Settings) -> None:
+    processes = s.processes.split(",")
+    if "midpoint" in processes and "discrete" not in processes:
+        raise wrong(
+            "processes",
+            f"{s.processes} lacks discrete, whose midpoints are wanted: add it.",
+        )
+    if s.path is None and s.data in ("cifar10", "text"):
+        raise wrong("path", f"there is none, and --data {s.data} needs it.")
+    if s.data == "cifar10":
+        if "," not in s.classes and int(s.classes) > 10:
+            raise wrong("classes", f"{s.classes} is more than CIFAR-10 has, 10.")
+    elif s.classes is not None and "," in s.classes:
+        raise wrong(
+            "classes",
+            f"{s.classes} is a list of labels, which is for --data cifar10: give their "
+            "number.",
+        )
+    if s.substeps is not None and s.rtol is not None:
+        raise wrong(
+            "rtol",
+            f"{s.rtol:g} is for adaptive steps, but --substeps {s.substeps} makes "
+            "fixed ones: leave one of them out.",
+        )
+    _check_multiple("eigenvalues_every", s.eigenvalues_every, "log_every", s.log_every)
+    _check_multiple(
+        "checkpoint_every", s.checkpoint_every, "eigenvalues_every", s.eigenvalues_every
+    )
+    for name in s.eigenvalues_of.split(","):
+        if name != "midpoint" and name not in processes:
+            raise wrong(
+                "eigenvalues_of",
+                f"{name} is not among --processes {s.processes}: add it there.",
+            )
+    if max(integers(s.watch)) >= s.size:
+        raise wrong(
+            "watch",
+            f"{s.watch} must be below --size {s.size}, as the first example is 0.",
+        )
 
 
 def _check_multiple(name: str, value: int, of: str, unit: int) -> None:
     if value % unit:
-        raise wrong(name, f"{value} is not a multiple of {flag(of)} {unit}.")
+        raise wrong(
+            name,
+            f"{value} is not a multiple of {flag(of)} {unit}: take "
+            f"{-(-value // unit) * unit}.",
+        )
 
 
 def integers(text: str) -> list[int]:
@@ -128,7 +170,7 @@ def from_json(values: dict[str, Any]) -> Settings:
         loss=LossName,
         model=ModelName,
     )
-    types |= dict(path=Path, test_path=Path)
+    types |= dict(path=Path, test_path=Path, classes=str)
     make = lambda k, v: v if v is None or k not in types else types[k](v)
     return Settings(**{k: make(k, v) for k, v in values.items()})
 

@@ -11,6 +11,7 @@ from .. import plot as figures
 from ..compare import compare as compare_trajectories
 from ..results import RESULTS
 from ..trajectory import Trajectory
+from . import kinds
 from .errors import wrong
 from .store import Log, Table
 
@@ -25,7 +26,17 @@ def plot(folder: _Folder) -> None:
     typer.echo(f"In {folder}: {', '.join(names)}.")
 
 
-def compare(folder: _Folder) -> None:
+def compare(
+    folder: _Folder,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Width of the averaging kernel in optimizer steps.",
+            show_default="a tenth of the run, at least 2 and at most 50",
+            **kinds.integer(1),
+        ),
+    ] = None,
+) -> None:
     """Print how well the flows predicted the run.
 
     Losses and gradient norms are averaged over a window in optimizer steps, at each of
@@ -39,7 +50,8 @@ def compare(folder: _Folder) -> None:
         raise wrong("FOLDER", "only a discrete run and a flow can be compared.")
     try:
         tables = [
-            f"{name.capitalize()} flow: {compare_trajectories(run, flow)}"
+            f"{name.capitalize()} flow: "
+            f"{compare_trajectories(run, flow, window=window)}"
             for name, flow in flows.items()
         ]
     except ValueError as error:
