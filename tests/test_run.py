@@ -171,7 +171,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("write_checkpoint", 1), ("write_checkpoint", 3), ("write_results", 2)],
+    [("write_checkpoint", 1), ("write_checkpoint", 3), ("write_results", 3)],
 )
 def test_resume(function, calls, finished, tmp_path, monkeypatch):
     """A run that is stopped right after the first files of checkpoints are written, or
@@ -195,10 +195,22 @@ def test_resume(function, calls, finished, tmp_path, monkeypatch):
     stopped = invoke("run", "--output", tmp_path, *SHORT)
     assert isinstance(stopped.exception, Stop)
     monkeypatch.undo()
+    arrays, attributes = read(tmp_path)
+    assert attributes["status"] == "running"
     if calls > 1:
-        assert read(tmp_path)[1]["status"] == "running"
         # Of an unfinished run.
         assert invoke("plot", tmp_path).exit_code == 0
+    else:
+        final, _ = read(finished[0])
+        for name, values in arrays.items():
+            # Without rows, and of the kind that they will be of.
+            assert values.shape == (0, *final[name].shape[1:])
+            assert values.dtype.kind == final[name].dtype.kind
+        assert {f"{name}/test_loss" for name in PROCESSES} <= arrays.keys()
+        for command in ("plot", "compare"):
+            shown = invoke(command, tmp_path)
+            assert (shown.exit_code, shown.stderr.count("\n")) == (2, 1)
+            assert "first checkpoint" in shown.stderr
     assert invoke("run", "--output", tmp_path, *SHORT).exit_code == 2
     result = invoke("run", "--output", tmp_path, "--resume", "--steps", 12)
     assert result.exit_code == 0, result.stderr
@@ -360,9 +372,12 @@ def test_resume_after_a_kill(tmp_path):
     subprocess.run([*command, "--output", str(whole)], check=True, **options)
     process = subprocess.Popen([*command, "--output", str(broken)], **options)
     try:
-        while not (broken / "results.h5").exists():
+        begun = False
+        while not begun:
             assert process.poll() is None
             time.sleep(0.01)
+            if (broken / "results.h5").exists():
+                begun = len(read(broken)[0]["discrete/steps"]) > 0
         for _ in range(random.randint(1, 100)):
             time.sleep(0.03)
             read(broken)  # at any moment

@@ -20,7 +20,10 @@ from . import kinds
 
 def demo(
     output: Annotated[
-        Path, typer.Option(file_okay=False, help="The folder for the results.")
+        Path,
+        typer.Option(
+            file_okay=False, metavar="FOLDER", help="The folder for the results."
+        ),
     ],
     steps: Annotated[
         int, typer.Option(help="Optimizer steps.", **kinds.integer(2))

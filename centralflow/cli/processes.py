@@ -60,6 +60,20 @@ def logged_steps(settings: Settings, steps: int) -> np.ndarray:
     return np.union1d(np.arange(0, steps, settings.log_every), [steps])
 
 
+def no_rows(problem: Problem, process: str) -> Rows:
+    """What is logged of every process, before the first step."""
+    shapes = eqx.filter_eval_shape(
+        problem.flat.evaluate, problem.plain, problem.weights
+    )
+    series = ("loss", "grad_norm_sq")
+    if process in ("central", "stable"):
+        series += ("mean_loss", "mean_grad_norm_sq")
+    shapes = {name: x.shape for name, x in shapes.items()} | dict.fromkeys(series, ())
+    dtype = problem.weights.dtype
+    rows = {name: np.zeros((0, *shape), dtype) for name, shape in shapes.items()}
+    return dict(steps=np.arange(0)) | rows
+
+
 def advance(
     process: str, problem: Problem, settings: Settings, state: PyTree, steps: int
 ) -> dict[str, Block]:

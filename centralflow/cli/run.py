@@ -21,7 +21,7 @@ from . import store
 from .errors import RunFailed, blame, wrong
 from .options import Settings
 from .problem import Problem, build
-from .processes import Block, advance, initial_state, state_like
+from .processes import Block, advance, initial_state, no_rows, state_like
 from .settings import complete, from_json, to_json, with_options
 from .show import draw
 
@@ -32,7 +32,10 @@ _PACKAGES = ("centralflow", "jax", "jaxlib", "equinox", "diffrax", "numpy", "h5p
 def run(
     given: set[str],
     output: Annotated[
-        Path, typer.Option(file_okay=False, help="The folder for the results.")
+        Path,
+        typer.Option(
+            file_okay=False, metavar="FOLDER", help="The folder for the results."
+        ),
     ],
     resume: Annotated[
         bool,
@@ -127,6 +130,9 @@ def _run(folder: Path, s: Settings, resume: bool, progress: bool | None) -> None
         parameters=problem.weights.size,
         status="running",
     )
+    if step == 0:
+        log.tables = _without_rows(problem, names)
+        log.write(folder)
     if states is None:
         states = _warm(problem, s, advancing)
         store.write_checkpoint(folder, 0, states)
@@ -194,6 +200,14 @@ def _like(
     return states | dict(start=problem.weights)
 
 
+def _without_rows(problem: Problem, names: list[str]) -> dict[str, store.Table]:
+    """The tables of the logged steps, as they are at the start."""
+    tables = {name: no_rows(problem, name) for name in names}
+    pairs = [f"{a}-{b}" for a, b in combinations(("start", *names), 2)]
+    apart = dict(steps=np.arange(0)) | {pair: np.zeros(0) for pair in pairs}
+    return tables | dict(distances=apart)
+
+
 def _append(
     log: store.Log,
     blocks: dict[str, Block],
@@ -219,7 +233,7 @@ def _append(
 
 def _fail(folder: Path, log: store.Log, failed: dict[str, str]) -> None:
     name, reason = next(iter(failed.items()))
-    last = log.tables[name]["steps"][-1] if name in log.tables else 0
+    last = max(log.tables[name]["steps"], default=0)
     raise RunFailed(
         f"{name}: {reason} Everything up to step {last} is in {folder / store.RESULTS}."
     )

@@ -81,7 +81,7 @@ def trajectories(log: Log) -> dict[str, Trajectory]:
     """The processes with their series. Their weights are points in the plane that are
     as far from the start and from the discrete run as the weights were."""
     names = log.attributes["processes"].split(",")
-    return {name: _trajectory(log, name) for name in names if name in log.tables}
+    return {name: _trajectory(log, name) for name in names if _rows(log, name)}
 
 
 _SERIES = (
@@ -136,8 +136,20 @@ def _stats(work: Table) -> dict[str, Any]:
     return {name: x.sum() for name, x in work.items() if name != "steps"}
 
 
+def _rows(log: Log, name: str) -> int:
+    return len(log.tables[name]["steps"]) if name in log.tables else 0
+
+
 def _read(folder: Path) -> Log:
     try:
-        return Log.read(folder)
+        log = Log.read(folder)
     except ValueError as error:
         raise wrong("FOLDER", str(error)) from error
+    if not any(_rows(log, name) for name in log.tables):
+        raise wrong(
+            "FOLDER",
+            f"the run in {folder} has not come to its first checkpoint: there is "
+            f"nothing to show. If it was killed, centralflow run --output {folder} "
+            "--resume goes on.",
+        )
+    return log
