@@ -82,6 +82,90 @@ def loss(*trajectories: Trajectory, labels: Sequence[str] | None = None) -> Figu
 
     `ValueError` if there are no trajectories, batches of them, or more or fewer labels.
     """
+    styles = _styles(trajectories, labels)
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for trajectory, style in zip(trajectories, styles, strict=True):
+        times = np.asarray(trajectory.times)
+        axes.plot(times, _positive(trajectory.mean_loss), **style)
+    _log(axes)
+    _finish(axes, "training loss")
+    axes.set_xlabel("optimizer step", fontsize=9)
+    if labels is not None:
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def metrics(*trajectories: Trajectory, labels: Sequence[str] | None = None) -> Figure:
+    """The metrics of runs, and the predicted time-averages of those of flows: a panel
+    for each, with a curve for each of its entries. The times at which one is not known
+    are left out.
+
+    **Arguments:**
+
+    - `trajectories`: from [`centralflow.train`][] or [`centralflow.predict`][], with
+        `metrics`; not all have to have the same.
+    - `labels`: their names.
+
+    **Returns:**
+
+    A `matplotlib.figure.Figure`; its `savefig` writes it to a file.
+
+    **Raises:**
+
+    `ValueError` if there are no trajectories, batches of them, or more or fewer labels,
+    or no metrics.
+    """
+    styles = _styles(trajectories, labels)
+    names = list(dict.fromkeys(name for x in trajectories for name in x.metrics))
+    if not names:
+        raise ValueError(
+            "`trajectories` have no metrics: give `train` and `predict` the argument "
+            "`metrics`."
+        )
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    size = (3.4 * columns + 0.6, 2.5 * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        for trajectory, style in zip(trajectories, styles, strict=True):
+            if name in trajectory.metrics:
+                times = np.asarray(trajectory.times)
+                values = np.asarray(trajectory.metrics[name], float)
+                values = values.reshape(times.size, -1)
+                known = np.isfinite(values).all(axis=1)
+                # Of the curves of one trajectory, the first names it.
+                lines = axes.plot(times[known], values[known], **style)
+                for line in lines[1:]:
+                    line.set_label(None)
+        _finish(axes, "")
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("optimizer step", fontsize=9)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    if labels is not None:
+        found = dict(
+            pair[::-1]
+            for axes in figure.axes
+            for pair in zip(*axes.get_legend_handles_labels(), strict=True)
+        )
+        figure.legend(
+            found.values(),
+            found.keys(),
+            loc="outside upper left",
+            ncols=len(found),
+            fontsize=8,
+            frameon=False,
+        )
+    return figure
+
+
+def _styles(
+    trajectories: Sequence[Trajectory], labels: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """How to draw each, once all are trajectories and named: the later, the thinner, so
+    that all are seen where they coincide."""
     if not trajectories:
         raise ValueError("`trajectories` must not be empty.")
     for i, trajectory in enumerate(trajectories):
@@ -91,23 +175,16 @@ def loss(*trajectories: Trajectory, labels: Sequence[str] | None = None) -> Figu
         raise ValueError(
             f"`labels` must name all {len(trajectories)} trajectories, got {labels!r}."
         )
-    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
-    axes = figure.subplots()
     colours = (_RUN, _PREDICTION, _STABLE, *_OTHERS)
-    for i, trajectory in enumerate(trajectories):
-        axes.plot(
-            np.asarray(trajectory.times),
-            _positive(trajectory.mean_loss),
+    last = len(trajectories) - 1
+    return [
+        dict(
             color=colours[i % len(colours)],
-            linewidth=1.2,
+            linewidth=min(0.9 + 0.55 * (last - i), 4.0),
             label=None if labels is None else labels[i],
         )
-    _log(axes)
-    _finish(axes, "training loss")
-    axes.set_xlabel("optimizer step", fontsize=9)
-    if labels is not None:
-        axes.legend(fontsize=8, frameon=False)
-    return figure
+        for i in range(last + 1)
+    ]
 
 
 def _losses(

@@ -14,7 +14,7 @@ from centralflow.trajectory import Trajectory
 STEPS, MEASURED = 60, slice(10, None, 10)
 
 
-def trajectory(steps=STEPS, *, weight_times=None, shift=0.0, **series):
+def trajectory(steps=STEPS, *, weight_times=None, shift=0.0, metrics=None, **series):
     times = np.arange(steps + 1.0)
     loss = np.exp(-times / 30)
     kept = np.array([0.0, steps] if weight_times is None else weight_times)
@@ -32,7 +32,7 @@ def trajectory(steps=STEPS, *, weight_times=None, shift=0.0, **series):
     )
     return Trajectory(
         **{k: jnp.asarray(v, jnp.float32) for k, v in (defaults | series).items()},
-        metrics={},
+        metrics={k: jnp.asarray(v) for k, v in (metrics or {}).items()},
         model=None,
         optimizer_state=None,
         critical_sharpness=2.0,
@@ -225,6 +225,43 @@ def test_loss():
     np.testing.assert_allclose(lines["central flow"].get_ydata(), predicted.mean_loss)
     (axes,) = panels(plot.loss(run))
     assert axes.get_legend() is None
+
+
+def test_curves_that_coincide_are_all_seen():
+    (axes,) = panels(plot.loss(*[trajectory()] * 6))
+    widths = [line.get_linewidth() for line in axes.get_lines()]
+    assert np.all(np.diff(widths[1:]) < 0)
+    assert widths[0] >= widths[1]
+
+
+def test_metrics():
+    times = np.arange(STEPS + 1.0)
+    outputs = np.stack([times, -times], axis=1)
+    outputs[1::2] = np.nan
+    run = trajectory(metrics=dict(accuracy=times / STEPS, outputs=outputs))
+    flow = trajectory(metrics=dict(outputs=2 * outputs, test=times))
+    figure = plot.metrics(run, flow, labels=["run", "flow"])
+    first, second, third = panels(figure)
+    titles = [axes.get_title(loc="left") for axes in (first, second, third)]
+    assert titles == ["accuracy", "outputs", "test"]
+    (line,) = first.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), times / STEPS, rtol=1e-6)
+    assert len(second.get_lines()) == 4  # two entries of two trajectories
+    for line, sign in zip(second.get_lines(), (1, -1, 2, -2), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), times[::2])
+        np.testing.assert_array_equal(line.get_ydata(), sign * times[::2])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["run", "flow"]
+    figure.savefig(io.BytesIO())
+
+
+def test_metrics_rejects():
+    with pytest.raises(ValueError, match="`trajectories`"):
+        plot.metrics()
+    with pytest.raises(ValueError, match="no metrics"):
+        plot.metrics(trajectory())
+    with pytest.raises(ValueError, match="`labels`"):
+        plot.metrics(trajectory(), labels=["one", "two"])
 
 
 def test_loss_rejects():

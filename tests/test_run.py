@@ -107,7 +107,10 @@ def test_what_is_logged(finished):
         plain, mean = arrays[f"central/{series}"], arrays[f"central/mean_{series}"]
         assert not np.allclose(mean[-1], plain[-1], rtol=1e-3)
         np.testing.assert_allclose(mean, plain, atol=0.1)
-    for file in ("comparison.png", "comparison.pdf", "loss.png", "loss.pdf"):
+    figures = (
+        f"{x}.{y}" for x in ("comparison", "loss", "metrics") for y in ("png", "pdf")
+    )
+    for file in figures:
         assert (folder / file).stat().st_size > 5000
         assert file in result.stdout
     config = json.loads((folder / "config.json").read_text())
@@ -271,6 +274,30 @@ def test_plot_and_compare(finished):
     )
     row = next(x for x in tables[1].splitlines() if "weight distance" in x)
     assert f"{100 * apart / whole:.3g} %" in row
+    assert "window 2\n" in tables[1]  # the least
+    result = invoke("compare", folder, "--window", 6)
+    assert result.stdout.startswith(
+        "Central flow: prediction against run, 12 steps, window 6\n"
+    )
+    result = invoke("compare", folder, "--window", 0)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "'--window': '0' is not" in result.stderr
+
+
+def test_metrics_of_the_figure(finished):
+    """At the logged steps, of a flow its averages; only those are drawn."""
+    arrays, _ = read(finished[0])
+    found = show.trajectories(store.Log.read(finished[0]))
+    for name in ("central", "discrete"):
+        series = found[name].metrics
+        assert {"test loss", "accuracy", "test accuracy"} < series.keys()
+        mean = "mean_" if name == "central" else ""
+        for key, logged in (
+            ("test loss", arrays[f"{name}/{mean}test_loss"]),
+            ("outputs, example 2 of --watch", arrays[f"{name}/{mean}outputs"][:, 1]),
+        ):
+            np.testing.assert_array_equal(series[key][::2], logged)
+            assert np.all(np.isnan(series[key][1::2]))
 
 
 def test_what_is_compared_does_not_depend_on_what_is_logged(

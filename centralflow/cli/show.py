@@ -64,7 +64,11 @@ def draw(folder: Path, log: Log) -> list[str]:
     found = trajectories(log)
     # The midpoints last: then the others have the colours of the other figure.
     labels = sorted(found, key=lambda name: name == "midpoint")
-    drawn = dict(loss=figures.loss(*(found[k] for k in labels), labels=labels))
+    ordered = [found[name] for name in labels]
+    drawn = dict(
+        loss=figures.loss(*ordered, labels=labels),
+        metrics=figures.metrics(*ordered, labels=labels),
+    )
     if "discrete" in found and "central" in found:
         drawn["comparison"] = figures.comparison(
             found["discrete"], found["central"], stable=found.get("stable")
@@ -98,14 +102,22 @@ _SERIES = (
 def _trajectory(log: Log, name: str) -> Trajectory:
     table, apart = log.tables[name], log.tables["distances"]
     series = {key: table[key] for key in _SERIES if key in table}
+    metrics = _metrics(table)
     every = log.tables.get(f"{name}/every_step")
     if every is not None:
         rows = np.searchsorted(every["steps"], table["steps"])
-        for key, logged in series.items():
-            # What is measured at some steps only is unknown at the others.
+
+        def spread(logged):
+            """What is known at some steps only is unknown at the others."""
             full = np.full((every["steps"].size, *logged.shape[1:]), np.nan)
             full[rows] = logged
-            series[key] = every.get(key, full)
+            return full
+
+        metrics = {key: spread(logged) for key, logged in metrics.items()}
+        series = {
+            key: every[key] if key in every else spread(logged)
+            for key, logged in series.items()
+        }
         table = every
     for key in ("loss", "grad_norm_sq"):
         series.setdefault(f"mean_{key}", series[key])
@@ -121,7 +133,7 @@ def _trajectory(log: Log, name: str) -> Trajectory:
     return Trajectory(
         times=real(table["steps"]),
         **{key: real(values) for key, values in series.items()},
-        metrics={},
+        metrics={key: real(values) for key, values in metrics.items()},
         weight_times=real(apart["steps"]),
         weights=real(np.stack([travelled, aside], axis=1)),
         model=None,
@@ -130,6 +142,16 @@ def _trajectory(log: Log, name: str) -> Trajectory:
         result=RESULTS.successful,
         stats=_stats(log.tables.get(f"{name}/work", {})),
     )
+
+
+def _metrics(table: Table) -> dict[str, np.ndarray]:
+    """Of a flow, their predicted averages, where they are known."""
+    known = lambda name: table.get(f"mean_{name}", table.get(name))
+    names = ("test_loss", "accuracy", "test_accuracy")
+    found = {name.replace("_", " "): known(name) for name in names if name in table}
+    outputs = known("outputs")
+    few = range(min(3, outputs.shape[1]))  # of many examples, a figure shows the first
+    return found | {f"outputs, example {i + 1} of --watch": outputs[:, i] for i in few}
 
 
 def _stats(work: Table) -> dict[str, Any]:
