@@ -13,7 +13,10 @@ from typer.core import TyperGroup
 
 from ..trajectory import NumericalFailure, RunInterrupted
 
+# What messages for users of Python say, and what those of the command can do.
 _WORDS = {
+    "Make a few steps with `warm = train(...)` and predict from `warm.model` and "
+    "`warm.optimizer_state`": "Take another --warm-start",
     "`in_shape`": "the images",
     "in_shape=": "images of ",
     "`CentralFlow`": "the central flow",
@@ -79,6 +82,10 @@ def _as_typed(message: str, options: Mapping[str, Any]) -> str:
         return flag(name) + (" " if match[2] else "")
 
     message = re.sub(r"`(\w+)(?:\[\d+\])?`|\b(\w+)(?:\[\d+\])?=", typed, message)
+    return _in_words(message)
+
+
+def _in_words(message: str) -> str:
     for ours, theirs in _WORDS.items():
         message = message.replace(ours, theirs)
     return re.sub(r"`(\w+)`", r"\1", message)
@@ -87,7 +94,8 @@ def _as_typed(message: str, options: Mapping[str, Any]) -> str:
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     def show(message, *args, **kwargs):
-        typer.echo("warning: " + " ".join(str(message).split()), err=True)
+        text = _in_words(" ".join(str(message).split()))
+        typer.echo(f"warning: {text}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
