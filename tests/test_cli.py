@@ -2,11 +2,16 @@
 
 from importlib.metadata import version
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import centralflow as cf
 import centralflow.__main__ as cli
+from centralflow import integrate
+from centralflow.cli import errors
+from centralflow.flows.base import FlowState
 from centralflow.trajectory import Trajectory
 
 
@@ -67,6 +72,17 @@ def test_diverging_run(tmp_path):
     result = invoke("demo", "--output", tmp_path, *arguments)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: The run diverged")
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_say_what_can_be_done_on_the_command_line(capsys):
+    sharpness = dict(smooth=dict(sharpness=jnp.array([3.0])))
+    y = FlowState(jnp.zeros(1), jnp.zeros(()), sharpness)
+    with errors._short_warnings():
+        integrate._warn_if_unstable(y, cf.GradientDescent(0.1))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: The sharpness at the start, 3, is above")
+    assert line.endswith("Take another --warm-start, or lower the learning rate.")
 
 
 def test_demo(tmp_path):

@@ -168,15 +168,6 @@ def test_blocks_make_one_flow(finished):
             np.testing.assert_allclose(found, wanted, rtol=0.02)
 
 
-def test_warning(finished, tmp_path):
-    """It says what can be done on the command line."""
-    arguments = (*SHORT, "--learning-rate", 3, "--steps", 4, "--processes", "central")
-    result = invoke("run", "--output", tmp_path, *arguments)
-    (warning,) = [x for x in result.stderr.splitlines() if x.startswith("warning: ")]
-    assert "The sharpness at the start" in warning
-    assert warning.endswith("Take another --warm-start, or lower the learning rate.")
-
-
 class Stop(Exception):
     """Stands for the end of the process."""
 
