@@ -1,0 +1,62 @@
+"""The response of the end of a long step, against dense matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import centralflow as cf
+from centralflow.flows.base import FlowState
+from centralflow.flows.expansion import Forcing
+from centralflow.flows.response import Response
+from centralflow.krylov import krylov
+
+SIZE, TRACKED, RATE, DT = 7, 2, 0.4, 30.0
+
+
+@pytest.fixture
+def known():
+    """A response of which all is known: two tracked eigenvectors of P^-1/2 H P^-1/2,
+    and a Krylov space of all the others; with that matrix."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        Q, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
+        values = np.geomspace(2, 1e-3, SIZE)
+        A, v = jnp.asarray((Q * values) @ Q.T), jnp.asarray(rng.normal(size=SIZE))
+        V = jnp.asarray(Q[:, :TRACKED].T)
+        across = lambda x: x - (V @ x) @ V
+        rest = SIZE - TRACKED
+        operator = lambda x: across(A @ x)
+        space = krylov(operator, across(v), jnp.asarray(rest), rest)
+        optimizer = cf.GradientDescent(RATE)
+        y = FlowState(v, optimizer.init(v), {})
+        values = jnp.asarray(values[:TRACKED])
+        yield Response(optimizer, y, jnp.asarray(DT), V, values, space), A, rng
+
+
+def test_response(known):
+    """Of dx/dt = -A x - rate F(t) from x = 0, by Gauss's quadrature, which is exact to
+    rounding: e^(-z) for z up to 60 is resolved by 64 nodes."""
+    respond, A, rng = known
+    # In the span of the tracked eigenvectors and of what the space was made from.
+    span = jnp.stack([*respond.eigenvectors, respond.space.basis[0]])
+    F, slope = (jnp.asarray(rng.normal(size=TRACKED + 1)) @ span for _ in range(2))
+    zero = jnp.zeros(SIZE)
+    end = respond(Forcing(F, zero), Forcing(slope, zero)).weights
+    values, Q = np.linalg.eigh(A)
+    x, weight = np.polynomial.legendre.leggauss(64)
+    expected = np.zeros(SIZE)
+    for share, w in zip((x + 1) / 2, weight / 2, strict=True):
+        decay = (Q * np.exp(-DT * values * (1 - share))) @ Q.T
+        expected -= DT * RATE * w * decay @ (F + slope * (share - 0.5))
+    np.testing.assert_allclose(end, expected, rtol=1e-9)
+
+
+def test_damped(known):
+    respond, A, rng = known
+    defect = FlowState(jnp.asarray(rng.normal(size=SIZE)), (), {})
+    damping = np.linalg.inv(np.eye(SIZE) + DT / 2 * np.asarray(A))
+    expected = damping @ damping @ defect.weights
+    np.testing.assert_allclose(
+        respond.damped(defect).weights, expected, rtol=1e-9, atol=1e-12
+    )
