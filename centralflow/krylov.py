@@ -27,12 +27,6 @@ class Krylov(eqx.Module):
         exact up to twice that degree less one."""
         return self.vectors @ (function(self.nodes) * self.vectors[0])
 
-    def apply(self, function: Callable, v: Float[Array, " n"]) -> Float[Array, " n"]:
-        """f(A) v for the projection of A onto the space, and that of any v."""
-        S = self.vectors
-        at_nodes = _matmul(S.T, _matmul(self.basis, v))
-        return _matmul(_matmul(S, function(self.nodes) * at_nodes), self.basis)
-
     @property
     def residuals(self) -> Float[Array, " m"]:
         """|A v - node v| of the eigenvectors' approximations in the space."""

@@ -156,23 +156,3 @@ def test_residuals_of_the_eigenvectors(count):
     np.testing.assert_allclose(space.residuals, residuals, atol=1e-13)
     assert space.size == count
     assert np.max(residuals) > 0.05
-
-
-@pytest.mark.usefixtures("x64")
-def test_applied_to_other_vectors():
-    """Of a vector outside of the space nothing is left; in a space that is all there
-    is, f(A) is exact for every vector; and for v it is what `coefficients` says."""
-    rng = np.random.default_rng(3)
-    f = lambda x: np.exp(-np.asarray(x))
-    _, A, v = _matrix(np.linspace(0, 2, MOST))
-    space, u = _lanczos(A, v, MOST), jnp.asarray(rng.normal(size=MOST))
-    expected = _apply(f, A, u) * np.linalg.norm(u)
-    np.testing.assert_allclose(space.apply(f, u), expected, atol=1e-12)
-
-    _, A, v = _matrix(np.linspace(0, 2, SIZE))
-    space, u = _lanczos(A, v, 4), jnp.asarray(rng.normal(size=SIZE))
-    expected = np.linalg.norm(v) * space.coefficients(f) @ space.basis
-    v = jnp.asarray(v)
-    np.testing.assert_allclose(space.apply(f, v), expected, atol=1e-13)
-    outside = u - space.basis.T @ (space.basis @ u)
-    np.testing.assert_allclose(space.apply(f, outside), 0, atol=1e-13)

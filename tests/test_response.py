@@ -50,13 +50,3 @@ def test_response(known):
         decay = (Q * np.exp(-DT * values * (1 - share))) @ Q.T
         expected -= DT * RATE * w * decay @ (F + slope * (share - 0.5))
     np.testing.assert_allclose(end, expected, rtol=1e-9)
-
-
-def test_damped(known):
-    respond, A, rng = known
-    defect = FlowState(jnp.asarray(rng.normal(size=SIZE)), (), {})
-    damping = np.linalg.inv(np.eye(SIZE) + DT / 2 * np.asarray(A))
-    expected = damping @ damping @ defect.weights
-    np.testing.assert_allclose(
-        respond.damped(defect).weights, expected, rtol=1e-9, atol=1e-12
-    )

@@ -28,7 +28,7 @@ from .base import FlowState, Work
 from .expansion import Expansion, Forcing, Slope
 from .leapfrog import RingingResponse, leapfrog
 from .observables import record, without_oscillations
-from .response import Response, relaxed_state, responder, state_decay
+from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
 
@@ -437,6 +437,16 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         root = jnp.sqrt(jnp.maximum(slope**2 + 4 * bend * left, 0))
         x = 2 * left / jnp.where(jumps, slope + root, 1)
         return jnp.where(jumps, jnp.minimum(x, 0.9), 0)
+
+    def damped(
+        self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]
+    ) -> tuple[FlowState, Expansion]:
+        weights, count = damped(
+            self.objective, self.optimizer, y, e, defect.weights, dt
+        )
+        e = _doubted(e, jnp.isfinite(largest((y.weights, defect.weights))), weights)
+        defect = FlowState(weights, defect.optimizer_state, defect.observables)
+        return defect, dataclasses.replace(e, work=e.work + Work(hvps=count))
 
     @full_precision
     def distance(self, y0: FlowState, y1: FlowState) -> Float[Array, ""]:

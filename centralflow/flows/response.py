@@ -1,14 +1,14 @@
 """How the end of a long step answers to a change of the oscillations in it."""
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..krylov import Krylov, krylov
 from ..objective import FlatObjective
@@ -18,8 +18,9 @@ from .base import FlowState, Work
 from .expansion import Expansion, Forcing
 from .stiff_modes import StiffModes, stiff_modes
 
-# The most Hessian-vector products spent on the modes that are not tracked.
-_KRYLOV = 48
+# The most Hessian-vector products spent on the modes that are not tracked: for the
+# response, and to damp an error estimate, which need not be as exact.
+_KRYLOV, _DAMPED = 48, 12
 # Of the Krylov space's first vector: without, it has no part along eigenvectors that
 # the forcing does not push, however large their eigenvalues.
 _NOISE = 1e-3
@@ -74,24 +75,6 @@ class Response(eqx.Module):
         zero = jax.tree.map(jnp.zeros_like, self.y.observables)
         return FlowState(weights, state, zero)
 
-    def damped(self, defect: FlowState) -> FlowState:
-        """(1 + dt P^-1 H / 2)^-2 applied to the defect of the step, as far as H is
-        known: along the tracked eigenvectors and in the Krylov space.
-
-        The defect is dt times a rate. Of fast modes that were not in equilibrium when
-        the step began it is dt lambda times their distance from it; but they decay
-        within the step. Damped once, the estimate would still be that distance, for
-        any dt.
-        """
-        damp = lambda values: (1 + 0.5 * self.dt * jnp.maximum(values, 0)) ** -2
-        root = jnp.sqrt(self.optimizer.preconditioner(self.y.optimizer_state))
-        V, v = self.eigenvectors, root * defect.weights
-        along = _matmul(V, v)
-        across = v - _matmul(along, V)
-        across += self.space.apply(lambda values: damp(values) - 1, across)
-        weights = (_matmul(damp(self.values) * along, V) + across) / root
-        return replace(defect, weights=weights)
-
     def _rate(self, change: Forcing) -> tuple[Float[Array, " n"], PyTree[Array]]:
         """What a change of the forcing makes of dw/dt and ds/dt."""
         zero, s = jnp.zeros_like(change.gradient), self.y.optimizer_state
@@ -100,6 +83,34 @@ class Response(eqx.Module):
         rate = lambda g, g_sq: self.optimizer.state_rate(s, g, g_sq)
         moments = (change.gradient, change.gradient_sq)
         return dw, jax.jvp(rate, (zero, zero), moments)[1]
+
+
+class _Modes:
+    """P^-1/2 H P^-1/2, along the tracked eigenvectors and across them."""
+
+    def __init__(
+        self,
+        objective: FlatObjective,
+        optimizer: AbstractOptimizer,
+        y: FlowState,
+        e: Expansion,
+    ):
+        P = optimizer.preconditioner(y.optimizer_state)
+        tracked = jnp.arange(e.sharpness.size) < e.tracked
+        self.root = jnp.sqrt(P)
+        self.eigenvectors = jnp.where(tracked[:, None], e.eigenvectors * self.root, 0)
+        self.hessian = objective.preconditioned_hessian(y.weights, P)
+
+    def across(self, v: Float[Array, " n"]) -> Float[Array, " n"]:
+        return v - _matmul(_matmul(self.eigenvectors, v), self.eigenvectors)
+
+    def space(
+        self, v: Float[Array, " n"], count: Int[Array, ""], most: int
+    ) -> tuple[Krylov, Float[Array, " n"]]:
+        """The Krylov space of v's part across the tracked eigenvectors; that part."""
+        v = self.across(v)
+        operator = lambda x: self.across(self.hessian(x[None], 1)[0])
+        return krylov(operator, v, count, most), v
 
 
 def responder(
@@ -114,26 +125,48 @@ def responder(
     """The response at y, of the kind that fits the optimizer, with a Krylov space of
     `force`; what that shows of the fastest modes; and the expansion, with the work
     counted."""
-    P = optimizer.preconditioner(y.optimizer_state)
-    root = jnp.sqrt(P)
-    tracked = jnp.arange(e.sharpness.size) < e.tracked
-    V = jnp.where(tracked[:, None], e.eigenvectors * root, 0)
-    across = lambda v: v - _matmul(_matmul(V, v), V)
-    hessian = objective.preconditioned_hessian(y.weights, P)
+    modes = _Modes(objective, optimizer, y, e)
     # phi_1(-dt lambda) is close to 1/(dt lambda) down to lambda = 1/dt, and the force
     # has components at all rates. That takes about sqrt(kappa dt) products; with 0.3
     # times that a part in ten of the response is missed at long steps. If it were much
     # more then X would overshoot, back and forth from step to step.
     count = jnp.floor(2 + 0.3 * jnp.sqrt(dt * optimizer.critical_sharpness))
     count = jnp.where(e.critical > 0, jnp.minimum(count, _KRYLOV), 0).astype(jnp.int32)
-    v = force / root
+    v = force / modes.root
     noise = jr.normal(jr.fold_in(jr.key(2), e.calls), v.shape, v.dtype)
     noise = _NOISE * jnp.linalg.norm(v) / jnp.sqrt(v.size) * noise
-    operator = lambda x: across(hessian(x[None], 1)[0])
-    space = krylov(operator, across(v + noise), count, _KRYLOV)
-    response = kind(optimizer, y, dt, V, e.sharpness, space)
-    stiff = stiff_modes(V, e.sharpness, e.residuals, e.tracked, space)
-    return response, stiff, replace(e, work=e.work + Work(hvps=count))
+    space, _ = modes.space(v + noise, count, _KRYLOV)
+    V, values = modes.eigenvectors, e.sharpness
+    response = kind(optimizer, y, dt, V, values, space)
+    stiff = stiff_modes(V, values, e.residuals, e.tracked, space)
+    return response, stiff, dataclasses.replace(e, work=e.work + Work(hvps=count))
+
+
+def damped(
+    objective: FlatObjective,
+    optimizer: AbstractOptimizer,
+    y: FlowState,
+    e: Expansion,
+    defect: Float[Array, " n"],
+    dt: Float[Array, ""],
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """(1 + dt P^-1 H / 2)^-2 applied to the defect of a step; and the number of
+    Hessian-vector products.
+
+    The defect is dt times a rate. Of fast modes that were not in equilibrium when the
+    step began it is dt lambda times their distance from it; but they decay within the
+    step. Damped once, the estimate would still be that distance, for any dt.
+    """
+    modes = _Modes(objective, optimizer, y, e)
+    damp = lambda values: (1 + 0.5 * dt * jnp.maximum(values, 0)) ** -2
+    # In short steps the errors that this leaves are real enough to count.
+    count = jnp.floor(2 * (jnp.log2(1 + dt * optimizer.critical_sharpness) - 8))
+    count = jnp.clip(count, 0, _DAMPED).astype(jnp.int32)
+    v, V = modes.root * defect, modes.eigenvectors
+    along = _matmul(damp(e.sharpness) * _matmul(V, v), V)
+    space, rest = modes.space(v, count, _DAMPED)
+    spread = jnp.linalg.norm(rest) * _matmul(space.coefficients(damp), space.basis)
+    return (along + jnp.where(count > 0, spread, rest)) / modes.root, count
 
 
 def phi_1(z: Array) -> Array:

@@ -221,7 +221,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         if term.rings:  # the modes were resolved
             defect = tree_map(jnp.zeros_like, defect)
         else:
-            defect = respond.damped(defect)
+            defect, e1 = term.damped(y1, e1, defect, dt)
         y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
         step = Step(
             dt,

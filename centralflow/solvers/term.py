@@ -155,10 +155,8 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         self, y: PyTree, expansion: Any, dt: Float[Array, ""]
     ) -> tuple[Callable[[PyTree, PyTree], PyTree], Any, Any]:
         """A linear function: what a change of the forcing in a step does to its end, y,
-        if it is constant, and if it rises by so much and is zero at the middle. Where
-        no modes ring, its method `damped` takes from the defect of the step what the
-        fast modes undo within it. What that shows of the fastest modes. The expansion,
-        with the work counted."""
+        if it is constant, and if it rises by so much and is zero at the middle. What
+        that shows of the fastest modes. The expansion, with the work counted."""
 
     @abc.abstractmethod
     def complete(
@@ -191,6 +189,13 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         """When in a step at whose start nothing was held, from 0 to 1, the first row
         becomes tight; zero if something was, or none does. From the expansions one step
         `before`, at the start and at the predicted end; `ratio` as above."""
+
+    @abc.abstractmethod
+    def damped(
+        self, y: PyTree, expansion: Any, defect: PyTree, dt: Float[Array, ""]
+    ) -> tuple[PyTree, Any]:
+        """The defect of a step that ends at y, without what its fast modes undo within
+        the step; and the expansion, with the work for that counted."""
 
     @abc.abstractmethod
     def distance(self, y0: PyTree, y1: PyTree) -> Float[Array, ""]:
