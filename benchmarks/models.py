@@ -158,6 +158,9 @@ def measure(name: str, optimizer: str, loss: str, steps: int) -> dict:
         remarks.append(f"the run diverges at step {float(run.times[-1]):g}")
     if share < ENOUGH:
         remarks.append("no rate of those tried is at the edge for longer")
+    most = float(np.nanmax(run.sharpness[:, 0]))
+    if most > EDGE[1] * float(run.critical_sharpness):
+        remarks.append("the run jumps: its top eigenvalue is above 2.5 in between")
     flows = []
     for kind in (cf.CentralFlow(), cf.StableFlow()):
         flow = cf.predict(
