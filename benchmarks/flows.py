@@ -146,6 +146,9 @@ def rows(name: str, flows: list[str]) -> Iterator[list[str]]:
         error = np.abs(average(flown.mean_loss) / average(run.mean_loss) - 1)
         P = 1 / flown.step_sizes[times]
         wrong = np.abs(np.asarray(_tops(flat, flown.weights, P)) / measured - 1)
+        # Between the steps of a flow its second moments are interpolated: one that is
+        # nearly zero may come out negative, and P is not a number.
+        wrong = wrong[np.isfinite(wrong)]
         percent = lambda x: f"{float(f'{100 * np.mean(x):.2g}'):g} %"
         yield [
             label,
@@ -155,7 +158,7 @@ def rows(name: str, flows: list[str]) -> Iterator[list[str]]:
             percent(error[end:-1]),
             f"{cf.compare(run, flown).weight_distance / far:.2f}",
             percent(wrong),
-            f"{float(flown.gradient_equivalents) / steps:.2g}",
+            f"{float(f'{float(flown.gradient_equivalents) / steps:.2g}'):g}",
         ]
 
 
