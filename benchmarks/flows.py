@@ -84,7 +84,7 @@ _scalar = partial(cf.ScalarRMSProp, beta2=0.99, eps=1e-7, bias_correction=True)
 _rmsprop = partial(cf.RMSProp, beta2=0.99, eps=1e-7, bias_correction=True)
 
 # Another optimizer is a line each. The rates and starts were chosen by the run alone:
-# for most of the steps it is at the edge.
+# it reaches the edge within the steps.
 CASES = {
     "MLP, GD": Case(mlp, cf.GradientDescent(0.3), 0, 300),
     "CNN, GD": Case(cnn, cf.GradientDescent(0.3), 0, 300),
