@@ -77,9 +77,9 @@ def draw(rates, times, predicted, runs):
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
     for rate, loss, run, colour in zip(rates, predicted, runs, colours, strict=True):
         real = np.asarray(run.loss)
-        a.semilogy(run.times, real, color=colour, lw=0.6, alpha=0.35)
-        a.semilogy(times, loss, color=colour, lw=1.6, label=f"{rate:g}")
-    a.set(xlabel="optimizer step", title="training loss: predicted, and runs (faint)")
+        a.semilogy(run.times, real, color=colour, lw=3, alpha=0.3)
+        a.semilogy(times, loss, color=colour, lw=1.2, label=f"{rate:g}")
+    a.set(xlabel="optimizer step", title="training loss: predicted, and runs (broad)")
     a.legend(title="learning rate", fontsize=8, title_fontsize=8, frameon=False)
     final = [_end(loss) for loss in predicted]
     b.loglog(rates, final, "-", color="#D55E00", label="predicted")

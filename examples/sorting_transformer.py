@@ -85,8 +85,8 @@ def draw(run, central, stable):
     a.legend(fontsize=8, frameon=False)
     for i, text in enumerate(("accuracy", "output")):
         lines(b, lambda x, i=i: x.metrics["scores"][:, i])
-        height = float(central.metrics["scores"][0, i])
-        b.text(0, height, f"{text} ", fontsize=8, ha="right", rotation=90, va="center")
+        height = float(central.metrics["scores"][-1, i])
+        b.text(1.02 * float(run.times[-1]), height, text, fontsize=8, va="center")
     b.set_title("accuracy, and output at the right symbol")
 
     measured = np.isfinite(np.asarray(run.sharpness)[:, 0])
