@@ -160,7 +160,7 @@ def damped(
     modes = _Modes(objective, optimizer, y, e)
     damp = lambda values: (1 + 0.5 * dt * jnp.maximum(values, 0)) ** -2
     # In short steps the errors that this leaves are real enough to count.
-    count = jnp.floor(2 * (jnp.log2(1 + dt * optimizer.critical_sharpness) - 8))
+    count = jnp.floor(jnp.log2(1 + dt * optimizer.critical_sharpness) - 5)
     count = jnp.clip(count, 0, _DAMPED).astype(jnp.int32)
     v, V = modes.root * defect, modes.eigenvectors
     along = _matmul(damp(e.sharpness) * _matmul(V, v), V)
