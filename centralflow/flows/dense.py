@@ -16,9 +16,10 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
 
     Weights are cubic; loss, squared gradient norm and the metrics without what
     oscillations add to them too, on a logarithmic scale if they are positive: a
-    straight line would be off by a percent where the step's error is far smaller. All
-    the rest is linear; but until the `onset`, a share of the step, there are no
-    oscillations, and after it the sharpness is what it is at the end.
+    straight line would be off by a percent where the step's error is far smaller. What
+    oscillations add is a parabola, whose mean over the step exceeds that of the ends by
+    the `bulge`. All the rest is linear; but until the `onset`, a share of the step,
+    there are no oscillations, and after it the sharpness is what it is at the end.
     """
 
     t0: Any
@@ -30,6 +31,7 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     before: FlowState
     ratio: Any
     onset: Any
+    bulge: Any
 
     def evaluate(self, t0, t1=None, left: bool = True) -> FlowState:
         del left
@@ -58,9 +60,11 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             sharpness[1] - sharpness[0]
         )
         smooth["sharpness"] = smooth["sharpness"].at[0].set(first)
+        share = 6 * x * (1 - x) * self._permitted()
         oscillating = jax.tree.map(
-            lambda v: jnp.where(x >= self.onset, v, 0),
+            lambda v, b: jnp.where(x >= self.onset, v + share * b, 0),
             linear.observables["oscillating"],
+            self.bulge,
         )
         observables = {
             **linear.observables,
@@ -68,6 +72,15 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             "oscillating": oscillating,
         }
         return FlowState(weights, linear.optimizer_state, observables)
+
+    def _permitted(self) -> Float[Array, ""]:
+        """The share of the bulge with which no variance becomes negative:
+        (1 - x) a + x b - x (1 - x) d >= 0 in the step for d <= (sqrt a + sqrt b)^2.
+        One for all observables, which then are those of one covariance."""
+        a, b = (y.observables["oscillating"]["oscillation"] for y in (self.y0, self.y1))
+        most = (jnp.sqrt(a) + jnp.sqrt(b)) ** 2
+        d = -6 * self.bulge["oscillation"]
+        return jnp.min(jnp.where(d > most, most / jnp.where(d > 0, d, 1), 1))
 
     def _scaled(self, x, before, y0, y1, slope0=None, slope1=None):
         """A cubic on a logarithmic scale, if that exists."""

@@ -30,6 +30,7 @@ class _State(eqx.Module):
     y_before: Any  # and the state
     mean_forcing: PyTree[Array]  # over the last step
     forcing: PyTree[Array]  # at its end
+    mean_of_X: PyTree[Array]  # of the observables of X over the last step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
@@ -71,7 +72,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
     of the mean rate, X would overshoot from step to step.
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    linear in a step; or, where the first row becomes tight, jump.
+    parabolas in a step, with the mean that its forcing has; or, where the first row
+    becomes tight, jump.
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -113,12 +115,14 @@ class ProjectedRKC(diffrax.AbstractSolver):
         dt = jnp.zeros_like(excess)
         failure = term.failure(y0, e)
         y0 = choose(failure.failed, term.without_oscillations(y0), y0)
+        unknown = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _of_X(y0))
         return y0, _State(
             e,
             e,
             y0,
             mean,
             forcing,
+            unknown,
             stiff,
             dt=dt,
             memory=dt,
@@ -250,12 +254,19 @@ class ProjectedRKC(diffrax.AbstractSolver):
         failure = first_of(s.failure.at(t0), failure.at(t1))
         error = jnp.where(failure.failed, jnp.inf, error)
 
-        # The observables of X, linear between the ends of steps. If they were zero
-        # before, or not known, they are zero up to the onset and constant thereafter.
+        # The observables of X between the ends of steps. If they were zero before, or
+        # not known, they are zero up to the onset and constant thereafter. Elsewhere
+        # the constraint determines their means over steps better than their ends, which
+        # are extrapolated from these.
         within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
         y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
         begins = (s.dt == 0) | term.begins(s.expansion)
-        first = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), _of_X(y1))
+        last, mean_of_X = _of_X(y1), mean(_of_X(y1), s.mean_of_X)
+        first = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), last)
+        bulge = tree_map(
+            lambda a, b, m, before: jnp.where(usable(before), m - (a + b) / 2, 0),
+            first, last, mean_of_X, s.mean_of_X,
+        )  # fmt: skip
         y_error = eqx.tree_at(
             lambda y: [y.observables[k] for k in ("error", "approach", "work")],
             tree_map(jnp.zeros_like, y1),
@@ -269,6 +280,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             before=s.y_before,
             ratio=s.dt / dt,
             onset=onset,
+            bulge=bulge,
         )
         settled = term.settled(s.expansion, e1, onset)
         state = _State(
@@ -277,6 +289,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             within(mean_forcing),
             within(forcing),
+            mean_of_X,
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),

@@ -1,0 +1,68 @@
+"""A flow between the ends of a long step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from centralflow.flows.base import FlowState
+from centralflow.flows.dense import StepInterpolation
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def _step(a, b, bulge):
+    """A step in which only the oscillation changes, of two variances and their sum."""
+
+    def state(variances):
+        smooth = dict(
+            loss=jnp.ones(()),
+            grad_norm_sq=jnp.ones(()),
+            metrics={},
+            sharpness=jnp.full(2, 2.0),
+        )
+        return FlowState(
+            jnp.ones(3), (), dict(smooth=smooth, oscillating=of(variances))
+        )
+
+    of = lambda v: dict(oscillation=v, trace_covariance=jnp.sum(v))
+    a, b, bulge = map(jnp.asarray, (a, b, bulge))
+    y0, y1 = state(a), state(b)
+    rest = jax.tree.map(jnp.zeros_like, y0)
+    t0, t1 = jnp.asarray(10.0), jnp.asarray(30.0)
+    return StepInterpolation(
+        t0, t1, y0, y1, rest, rest, y0, jnp.asarray(0.0), jnp.asarray(0.0), of(bulge)
+    )
+
+
+def _oscillating(step, points=2001):
+    at = jax.vmap(lambda t: step.evaluate(t).observables["oscillating"])
+    return at(jnp.linspace(step.t0, step.t1, points))
+
+
+def test_the_mean_exceeds_that_of_the_ends_by_the_bulge():
+    a, b, bulge = np.array([3.0, 1.0]), np.array([2.0, 0.5]), np.array([0.7, -0.2])
+    variances = _oscillating(_step(a, b, bulge))["oscillation"]
+    np.testing.assert_allclose(variances[0], a, rtol=1e-12)
+    np.testing.assert_allclose(variances[-1], b, rtol=1e-12)
+    mean = np.trapezoid(variances, axis=0) / (len(variances) - 1)
+    # The rule's error is that of a second derivative of 12 * bulge.
+    np.testing.assert_allclose(mean, (a + b) / 2 + bulge, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [(3.0, 1.0), (2.0, 0.0), (0.0, 0.0), (1e-9, 4.0)])
+def test_no_variance_becomes_negative(a, b):
+    """Of a bulge that is too large there is as much as there can be: the parabola
+    touches zero. All observables have the same share of it."""
+    step = _step([a, 5.0], [b, 5.0], [-10.0, 1.0])
+    of_X = _oscillating(step)
+    lowest = np.min(of_X["oscillation"][:, 0])
+    # 2,001 points miss the minimum by half of one in 2,000, and the parabola's second
+    # derivative is at most 2 (sqrt(a) + sqrt(b))^2 < 16.
+    assert -1e-12 < lowest < 16 * (1 / 4000) ** 2
+    np.testing.assert_allclose(
+        np.sum(of_X["oscillation"], axis=1), of_X["trace_covariance"], rtol=1e-12
+    )
+    height = 6 * 0.25 * (np.sqrt(a) + np.sqrt(b)) ** 2 / 60
+    middle = of_X["oscillation"][1000]
+    np.testing.assert_allclose(middle, [(a + b) / 2 - 10 * height, 5 + height])
