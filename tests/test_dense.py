@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from centralflow.flows.base import FlowState
-from centralflow.flows.dense import StepInterpolation
+from centralflow.flows.dense import StepInterpolation, crossing
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -66,3 +66,29 @@ def test_no_variance_becomes_negative(a, b):
     height = 6 * 0.25 * (np.sqrt(a) + np.sqrt(b)) ** 2 / 60
     middle = of_X["oscillation"][1000]
     np.testing.assert_allclose(middle, [(a + b) / 2 - 10 * height, 5 + height])
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("bend", [-0.9, -0.3, 0.0, 0.4, 0.9])
+def test_where_a_parabola_crosses(ratio, bend):
+    """y = x - x (1 - x) bend rises from 0 to 1, and the step before began at
+    x = -1 / ratio."""
+    y = lambda x: x - x * (1 - x) * bend
+    for x in (0.1, 0.5, 0.8):
+        level = 3 + 2 * y(x)  # any scale
+        found = crossing(
+            *map(jnp.asarray, (3 + 2 * y(-1 / ratio), 3.0, 5.0, level, ratio))
+        )
+        np.testing.assert_allclose(found, x, rtol=1e-9)
+
+
+def test_crossings_of_other_curves():
+    def at(before, level, ratio=1.0):
+        return crossing(*map(jnp.asarray, (before, 0.0, 1.0, level, ratio)))
+
+    assert at(-7.0, 0.3, 0.0) == pytest.approx(0.3)  # nothing known of before
+    # What rose by 5 and then by 1 would turn in the step: the slope is zero at its end,
+    # y = 2 x - x^2. What fell by 5 has slope zero at its start, y = x^2.
+    assert at(-5.0, 0.75) == pytest.approx(0.5)
+    assert at(5.0, 0.25) == pytest.approx(0.5)
+    assert at(-1.0, 1.5) == 0 == at(-1.0, -0.5)

@@ -25,6 +25,7 @@ from ..precision import full_precision
 from ..results import RESULTS
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
+from .dense import crossing
 from .expansion import Expansion, Forcing, Slope
 from .leapfrog import RingingResponse, leapfrog
 from .observables import record, without_oscillations
@@ -424,19 +425,9 @@ class CentralTerm(AbstractStiffComplementarityTerm):
     def onset(
         self, before: Expansion, start: Expansion, predicted: Expansion, ratio: Any
     ) -> Float[Array, ""]:
-        last, here, ahead = (e.sharpness[0] for e in (before, start, predicted))
-        left, rise = self.optimizer.critical_sharpness - here, ahead - here
-        jumps = (start.held == 0) & (left > 0) & (rise > left)
-        # Where the parabola through the three is at the edge, made monotone:
-        # left = x rise - x (1 - x) bend.
-        known = ratio > 0
-        r = jnp.where(known, ratio, 1)
-        bend = jnp.where(known, (rise - (here - last) * r) / (1 + 1 / r), 0)
-        bend = jnp.clip(bend, -rise, rise)
-        slope = rise - bend
-        root = jnp.sqrt(jnp.maximum(slope**2 + 4 * bend * left, 0))
-        x = 2 * left / jnp.where(jumps, slope + root, 1)
-        return jnp.where(jumps, jnp.minimum(x, 0.9), 0)
+        sharpness = (e.sharpness[0] for e in (before, start, predicted))
+        share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
+        return jnp.where(start.held == 0, jnp.minimum(share, 0.9), 0)
 
     def damped(
         self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]

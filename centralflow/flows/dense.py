@@ -124,3 +124,26 @@ def _limited(slope: Float[Array, "*n"], mean: Float[Array, "*n"]) -> Float[Array
     distance = jnp.linalg.norm(away)
     far = distance > length
     return mean + away * jnp.where(far, length / jnp.where(far, distance, 1), 1)
+
+
+def crossing(
+    before: Float[Array, ""],
+    y0: Float[Array, ""],
+    y1: Float[Array, ""],
+    level: Float[Array, ""],
+    ratio: Float[Array, ""],
+) -> Float[Array, ""]:
+    """The share of a step at which a number that goes from y0 up to y1 crosses the
+    level, or zero if it does not: by the parabola through these and the value `before`,
+    one step earlier, which was 1/ratio times as long, made monotone in the step. By the
+    straight line, if the ratio is zero: there was none."""
+    left, rise = level - y0, y1 - y0
+    crosses = (left > 0) & (rise > left)
+    known = ratio > 0
+    r = jnp.where(known, ratio, 1)
+    # left = x rise - x (1 - x) bend
+    bend = jnp.where(known, (rise - (y0 - before) * r) / (1 + 1 / r), 0)
+    bend = jnp.clip(bend, -rise, rise)
+    slope = rise - bend
+    root = jnp.sqrt(jnp.maximum(slope**2 + 4 * bend * left, 0))
+    return jnp.where(crosses, 2 * left / jnp.where(crosses, slope + root, 1), 0)
