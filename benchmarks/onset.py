@@ -17,6 +17,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 import centralflow as cf
 
@@ -43,6 +44,11 @@ HANDED = [
     "after it",
     "weight distance / that of stable",
     "gradient-equivalents per step",
+]
+LINES = [
+    ("central", "central flow", "#D55E00"),
+    ("rod", "rod flow", "#56B4E9"),
+    ("handed", "hand-over", "#009E73"),
 ]
 
 
@@ -239,24 +245,55 @@ def rows(name: str, found: Found) -> tuple[list[str], list[str]]:
     return first, second
 
 
+def figure(found: dict[str, Found]) -> Figure:
+    """The averaged loss around the onset, and by how much the predictions are off."""
+    drawing = Figure(figsize=(3.8 * len(found), 4.2), layout="constrained")
+    axes = drawing.subplots(2, len(found), sharex="col", squeeze=False)
+    drawing.get_layout_engine().set(hspace=0.05)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, which="both")
+    for (above, below), (name, one) in zip(axes.T, found.items(), strict=True):
+        begin, end = max(1, one.window[0] - ONSET // 2), one.window[1] + ONSET
+        run, steps = average(one.loss)[begin:end], np.arange(begin, end)
+        above.plot(steps, run, color="#0072B2", lw=2, label="optimizer, averaged")
+        below.axhline(0, color="#0072B2", lw=2)
+        for flow, label, colour in LINES:
+            loss = average(one.flows[flow].loss)[begin:end]
+            above.plot(steps, loss, color=colour, lw=1, label=label)
+            below.plot(steps, 100 * (loss / run - 1), color=colour, lw=1)
+        for axis in (above, below):
+            axis.axvline(one.handed[1], color="#666666", lw=0.8, ls=":")
+        above.set_title(name, loc="left", fontsize=10)
+        below.set_xlabel("optimizer step", fontsize=9)
+    axes[0, 0].set_ylabel("loss", fontsize=9)
+    axes[1, 0].set_ylabel("off by, %", fontsize=9)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    return drawing
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--figure", metavar="PATH", help="draw the cases, too")
     arguments = parser.parse_args()
     heading("The onset")
-    tables = []
+    tables, drawn = [], {}
     for name in arguments.case:
         found = find(name)
         if found is None:
             print(f"{name}: the run oscillates from the start on", flush=True)
             continue
+        drawn[name] = found
         tables.append(rows(name, found))
         print("\n".join("; ".join(row) for row in tables[-1]), flush=True)
     for head, lines in zip((SHARES, HANDED), zip(*tables, strict=True), strict=True):
         print("\nShares of the summed error" if head is SHARES else "\nHand-over")
         table(head, list(lines))
+    if arguments.figure:
+        figure(drawn).savefig(arguments.figure, dpi=150)
 
 
 if __name__ == "__main__":
