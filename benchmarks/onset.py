@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -150,6 +151,15 @@ def averaged(problem: Problem, step: int) -> Problem:
     return problem._replace(model=model, optimizer_state=state)
 
 
+def another(problem: Problem, steps: int) -> Piece:
+    """The run from weights whose last binary digit is another."""
+    next_to = lambda x: jnp.nextafter(x, jnp.inf) if eqx.is_inexact_array(x) else x
+    near = problem._replace(model=jax.tree.map(next_to, problem.model))
+    run = near.train(steps, weight_times=range(steps + 1))
+    weights = np.asarray(run.weights, float)
+    return Piece(np.asarray(run.loss), np.asarray(run.weight_times), weights, steps)
+
+
 def _at_end(problem: Problem, flown: cf.Trajectory) -> Problem:
     return problem._replace(model=flown.model, optimizer_state=flown.optimizer_state)
 
@@ -212,6 +222,7 @@ def find(name: str) -> Found | None:
     rest, _ = fly(averaged(problem, end), steps - end, FLOWS["central"], steps + 1)
     first = Piece(central.loss[: end + 1], np.array([0, end]), central.weights[:2], 0)
     flows["from the run"] = first.then(rest)
+    flows["another run"] = another(problem, steps)
     weights = after, around[-1]
     return Found(
         np.asarray(run.loss), onset, (begin, end), weights, flows, tuple(handed)
@@ -234,12 +245,13 @@ def rows(name: str, found: Found) -> tuple[list[str], list[str]]:
         f"{after:.2f}; {end:.2f}; {anew:.2f}",
     ]
     three = "central", "rod", "handed"
-    parts = np.array([found.parts(flow) for flow in three])
+    four = *three, "another run"
+    parts = np.array([found.parts(flow) for flow in four])
     second = [
         name,
         "{} to {}".format(*found.handed),
         *(percent(*column) for column in parts.T),
-        "; ".join(f"{found.distances(flow)[1]:.2f}" for flow in three),
+        "; ".join(f"{found.distances(flow)[1]:.2f}" for flow in four),
         "; ".join(f"{float(f'{found.work(flow):.2g}'):g}" for flow in three),
     ]
     return first, second
