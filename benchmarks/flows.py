@@ -111,6 +111,19 @@ CASES = {
 }
 
 
+def average(series: Any) -> np.ndarray:
+    """The time-average of a series, as it is compared."""
+    return cf.time_average(np.asarray(series), WINDOW)
+
+
+def onset_window(run: cf.Trajectory) -> tuple[int, int, int]:
+    """The onset of the run's oscillation, and where its window begins and ends."""
+    size = average(np.r_[0, run.trace_covariance[1:]])
+    onset = int(np.argmax(size > size.max() / 2))
+    half = ONSET // 2
+    return onset, max(1, onset - half), min(len(size) - 1, onset + half)
+
+
 def rows(name: str, flows: list[str]) -> Iterator[list[str]]:
     """One row for each flow that can be had for the case's optimizer."""
     case = CASES[name]
@@ -122,11 +135,8 @@ def rows(name: str, flows: list[str]) -> Iterator[list[str]]:
         reason = f"the run diverges at step {float(run.times[-1]):g}"
         yield [f"{label})", "-", reason, *[""] * 5]
         return
-    average = lambda x: cf.time_average(np.asarray(x), WINDOW)
-    size = average(np.r_[0, run.trace_covariance[1:]])
-    onset = int(np.argmax(size > size.max() / 2))
+    onset, begin, end = onset_window(run)
     label = f"{label}; onset {onset})"
-    begin, end = max(1, onset - ONSET // 2), min(steps, onset + ONSET // 2)
     measured = np.asarray(run.sharpness)[times, 0]
     weights, flat = problem.objective.flatten(problem.model)
     # The step sizes at all coordinates are all of P^-1.

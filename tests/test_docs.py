@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-# Their code resembles that of the README and of the examples, which are tested.
-SLOW = ("faq", "index")
+# Their code resembles that of the README and of the examples, which are tested; or it
+# takes a minute to compile.
+SLOW = ("faq", "index", "which_model")
 
 
 def _pages():
