@@ -52,7 +52,7 @@ def carried(k: int, state: int) -> int:
 
 def besides(k: int, state: int) -> int:
     """How many more a process has: what matrix products need to rearrange blocks, and
-    the weights and the optimizer state from which it began, and the rows to return."""
+    the start and the saved weights."""
     at_once = 2 if state else 1
     return at_once * (3 * k + 1) + 4 + state
 
@@ -184,12 +184,12 @@ def main() -> None:
             "block size",
             "microbatch",
             "optimizer",
-            "formula",
+            "formula of the plan",
             "planned by XLA",
-            "formula",
+            "formula of a process",
             "taken by a process",
             "in float32",
-            "bound with glibc",
+            "at most with glibc",
             "taken with glibc",
         ],
         rows,
