@@ -4,15 +4,17 @@
     python -m benchmarks.memory --measure 8    # and what a process takes, up to 8 GB
 
 Of the compiled integration XLA says how much memory it takes for its arguments, its
-results and in between. That is compared with the formula of docs/scale.md, in vectors
-of n numbers; and, on Linux, with the peak of a process that predicts a few steps.
-Networks of a million and ten million parameters, with 64 examples, so that the vectors
-outweigh the activations.
+results and in between. That, and on Linux the peak of a process that predicts a few
+steps, is compared with the formulas of docs/scale.md, in vectors of n numbers. The
+process is run twice: so that all memory which is given back is gone at once, and as it
+is, with what glibc keeps. Networks of a million and ten million parameters, with 64
+examples, so that the vectors outweigh the activations.
 """
 
 import argparse
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,13 +37,24 @@ OPTIMIZERS = dict(
 
 
 def vectors(k: int, state: int) -> int:
-    """How many vectors of n numbers are alive at once, for blocks of k eigenvectors and
-    an optimizer state of so many vectors."""
+    """How many vectors of n numbers the compiled integration has at once, for blocks of
+    k eigenvectors and an optimizer state of so many vectors."""
     critical = max(k - 2, 1)
-    carried = 2 * k + 24 + 4 * state
     eigenvectors = 17 * k
     response = critical * (critical + 1) // 2 + 48 + 3 * k + 26
-    return 3 * carried + 2 * state + 16 + max(eigenvectors, response)
+    return 3 * carried(k, state) + 2 * state + 16 + max(eigenvectors, response)
+
+
+def carried(k: int, state: int) -> int:
+    """How many there are in the state of the solver."""
+    return 2 * k + 24 + 4 * state
+
+
+def besides(k: int, state: int) -> int:
+    """How many more a process has: what matrix products need to rearrange blocks, and
+    the start and the saved weights."""
+    at_once = 2 if state else 1
+    return at_once * (3 * k + 1) + 4 + state
 
 
 def problem(width: int, microbatch: int | None) -> tuple[cf.Objective, Any]:
@@ -81,12 +94,20 @@ def planned(width: int, k: int, microbatch: int | None, name: str) -> tuple[int,
     return w.size, total / (w.size * w.dtype.itemsize)
 
 
-def measured(width: int, k: int, microbatch: int | None, name: str) -> float:
+def measured(
+    width: int, k: int, microbatch: int | None, name: str, **environment: str
+) -> float:
     """The peak of a process that predicts five steps, in vectors, less what it has
     before."""
     arguments = [str(width), str(k), str(microbatch or 0), name]
     command = [sys.executable, "-m", "benchmarks.memory", "--one", *arguments]
-    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
     return float(found.stdout.split()[-1])
 
 
@@ -142,12 +163,19 @@ def main() -> None:
     rows = []
     for width, k, microbatch, name in cases:
         n, peak = planned(width, k, microbatch, name)
-        formula = vectors(k, 1 if name == "RMSProp" else 0)
-        taken, gigabytes = "-", 4e-9 * n * peak
+        state = 1 if name == "RMSProp" else 0
+        formula = vectors(k, state)
+        bound = formula + besides(k, state)
+        taken, kept, gigabytes = "-", "-", 4e-9 * n * bound
         if gigabytes <= arguments.measure:
-            taken = f"{measured(width, k, microbatch, name):.0f}"
+            case = width, k, microbatch, name
+            taken = f"{measured(*case, MALLOC_MMAP_THRESHOLD_='1000000'):.0f}"
+            # It never keeps blocks of more than 32 MiB, as a single vector is.
+            small = 4 * n < 2**25
+            kept = f"{measured(*case):.0f}" if small else taken
         cells = [f"{n:,}", str(k), str(microbatch or "-"), name, f"{formula}"]
-        rows.append([*cells, f"{peak:.0f}", f"{gigabytes:.2f} GB", taken])
+        cells += [f"{peak:.0f}", f"{bound}", taken, f"{gigabytes:.1f} GB"]
+        rows.append([*cells, f"{bound + carried(k, state)}", kept])
         print(rows[-1], file=sys.stderr, flush=True)
     heading("Memory of a prediction, in vectors of n numbers")
     table(
@@ -156,10 +184,13 @@ def main() -> None:
             "block size",
             "microbatch",
             "optimizer",
-            "formula",
+            "formula of the plan",
             "planned by XLA",
-            "in float32",
+            "formula of a process",
             "taken by a process",
+            "in float32",
+            "at most with glibc",
+            "taken with glibc",
         ],
         rows,
     )

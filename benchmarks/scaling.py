@@ -156,7 +156,7 @@ def critical_series(counts: list[int]) -> list[dict]:
 
 def exponent(rows: list[dict], key: str) -> float:
     x, y = (np.log([row[k] for row in rows]) for k in ("size", key))
-    return float(np.polyfit(x, y, 1)[0])
+    return round(float(np.polyfit(x, y, 1)[0]), 9) + 0.0  # zero is not shown as -0.00
 
 
 def draw(series: dict[str, list[dict]]) -> Figure:

@@ -98,9 +98,10 @@ def integrate(
         now, first = _structure(problem, *start)
         now = file.restore("now", now, arrays)
         whole = file.restore("rows", first, arrays, shapes=False)
-        first = jax.tree.map(lambda x: np.asarray(x)[:1], whole)
+        first = jax.tree.map(lambda x: np.asarray(x)[:1].copy(), whole)
         rest = jax.tree.map(lambda x: np.asarray(x)[1:], whole)
         series, snapshots = map(_saved, rest)
+        del saved, arrays, whole, rest  # as large as all that is integrated
 
     def save():
         if file.path is None:
@@ -386,7 +387,8 @@ def _saved(rows: Rows) -> list[Rows]:
     """The rows that were reached, up to the first that is not finite."""
     names = ("t", *LOSSES) if "loss" in rows else ("t", "weights")
     count = leading_finite(*(rows[name] for name in names))
-    return [jax.tree.map(lambda x: on_host(x)[:count], rows)] if count else []
+    # Copies: a slice would keep the memory of the rows that were not reached.
+    return [jax.tree.map(lambda x: on_host(x)[:count].copy(), rows)] if count else []
 
 
 def _join(parts: list[Rows]) -> Rows:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import centralflow as cf
-from centralflow import checkpoint, running
+from centralflow import checkpoint, integrate, running
 
 from .problems import tiny_loss, tiny_network
 
@@ -122,6 +122,14 @@ def test_a_finished_run_is_read(unbroken, tmp_path, monkeypatch):
     assert_same(again, wanted)
     assert again.stats["seconds"] >= first.stats["seconds"]
     assert Path(path).read_bytes() == before
+
+
+def test_a_stretch_keeps_the_rows_that_it_reached():
+    """Not the memory of those that it did not, which is of the size of all."""
+    reached = jnp.array([0.0, 1.0, jnp.inf, jnp.inf])
+    (rows,) = integrate._saved(dict(t=reached, weights=jnp.zeros((4, 3))))
+    assert {k: x.shape for k, x in rows.items()} == dict(t=(2,), weights=(2, 3))
+    assert all(x.base is None for x in rows.values())
 
 
 @pytest.mark.usefixtures("one_by_one")
