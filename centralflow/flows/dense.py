@@ -130,7 +130,7 @@ def crossing(
     before: Float[Array, ""],
     y0: Float[Array, ""],
     y1: Float[Array, ""],
-    level: Float[Array, ""],
+    level: float | Float[Array, ""],
     ratio: Float[Array, ""],
 ) -> Float[Array, ""]:
     """The share of a step at which a number that goes from y0 up to y1 crosses the
