@@ -19,7 +19,8 @@ class Comparison:
 
     - `loss_error`, `max_loss_error`: mean and maximum over time of
         |time-averaged run loss - predicted mean loss| / time-averaged run loss.
-    - `grad_norm_error`: the mean likewise of the squared norm of the gradient.
+    - `grad_norm_error`: of the squared norm of the gradient, the mean over time of the
+        error of its time-average, over its mean. (It may be nearly zero for a while.)
     - `sharpness_error`: mean over the measurements of the relative error of the largest
         eigenvalue.
     - `oscillation_error`: mean over the measurements of the error of the summed
@@ -89,7 +90,7 @@ def compare(
 
     **Arguments:**
 
-    - `run`: from [`centralflow.train`][].
+    - `run`: from [`centralflow.train`][]; or another prediction.
     - `prediction`: from [`centralflow.predict`][], of the same problem.
     - `window`: the width of the kernel in optimizer steps; by default a tenth of the
         run, but at least 2 and at most 50.
@@ -161,7 +162,7 @@ def compare(
     return Comparison(
         loss_error=_mean(loss_errors),
         max_loss_error=float(np.max(loss_errors, initial=-np.inf)),
-        grad_norm_error=_mean(relative_errors("mean_grad_norm_sq")),
+        grad_norm_error=share("mean_grad_norm_sq"),
         sharpness_error=_mean(_relative(predicted_sharpness, sharpness)),
         oscillation_error=_ratio(
             _mean(np.abs(predicted.sum(1) - observed.sum(1))), _mean(observed.sum(1))
@@ -251,14 +252,16 @@ def variances(
     run: Trajectory, prediction: Trajectory
 ) -> tuple[Float[np.ndarray, "M k"], Float[np.ndarray, "M K"]]:
     """The oscillation variances that the run's measurements found, each an average over
-    the steps since the one before, and the same averages of the prediction."""
+    the steps since the one before, and the same averages of the prediction. If the run
+    is a prediction itself, they are those at its times."""
     observed = np.asarray(run.oscillation, float)
     rows = np.flatnonzero(np.isfinite(observed[:, 0]))
     times = np.asarray(run.times, float)
     none = np.full((0, 1), np.nan)
     if rows.size == 0:
         return none, none
-    every = int(rows[0])  # the first average covers the steps since the start
+    # The first average of a run covers the steps since the start.
+    every = max(int(rows[0]), 1)
     covered = times[rows] <= float(prediction.times[-1])
     covered &= times[rows - every + 1] >= float(prediction.times[0])
     rows = rows[covered]

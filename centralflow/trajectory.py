@@ -64,8 +64,9 @@ class Trajectory(eqx.Module):
     - `result`: how the run ended, one of [`centralflow.RESULTS`][].
     - `stats`: `gradients`, `hvps`, `third_derivatives`, each a number of evaluations on
         the full data set; `unconverged`, how often an inner solver stopped short of its
-        tolerance; `accepted_steps`, `rejected_steps`; `seconds` of execution and
-        `compile_seconds` apart.
+        tolerance; `eigen_residual`, the largest residual norm of an eigenpair, over the
+        largest eigenvalue; `accepted_steps`, `rejected_steps`; `seconds` of execution
+        and `compile_seconds` apart.
     - `coordinates`: `[C]`, the indices of the parameters that were asked for.
     - `gradient_sq`: `[T, C]`, their squared gradient; of a flow, its predicted
         time-average E[g * g].

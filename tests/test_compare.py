@@ -71,7 +71,7 @@ def test_known_errors():
     # the factor exp(-t/50) turns the mean of the oscillation by 0.3 (1/50)^2
     assert report.loss_error == pytest.approx(0.02, abs=2e-4)
     assert report.max_loss_error == pytest.approx(0.02, abs=3e-4)
-    assert report.grad_norm_error == pytest.approx(report.loss_error)
+    assert report.grad_norm_error == pytest.approx(0.02, abs=2e-4)
     assert report.weight_distance == pytest.approx(0.1)
     assert np.isnan(report.sharpness_error)
     assert np.isnan(report.oscillation_error)
@@ -132,3 +132,22 @@ def test_bad_arguments():
         cf.compare(run, run, window=0)
     with pytest.raises(ValueError, match="in common"):
         cf.compare(run, _trajectory(t + 9, 1 + 0.0 * t))
+
+
+def test_two_predictions():
+    t = np.arange(11)
+    variances = jnp.linspace(1, 2, 11)[:, None] * jnp.array([1, 0.5])
+    one = _trajectory(t, 1.0 + t, oscillation=variances)
+    two = _trajectory(t, 1.0 + t, oscillation=1.03 * variances)
+    assert cf.compare(one, one).oscillation_error == 0
+    assert cf.compare(one, two).oscillation_error == pytest.approx(0.03, rel=1e-5)
+
+
+def test_a_gradient_that_vanishes_for_a_while():
+    """The error is that next to the mean, which is 1/2 but for the smooth change."""
+    t = np.arange(101)
+    gradient = jnp.where(t < 50, 1.0, 1e-9)
+    run = _trajectory(t, 1.0 + t, grad_norm_sq=gradient, mean_grad_norm_sq=gradient)
+    flow = dataclasses.replace(run, mean_grad_norm_sq=gradient + 1e-2)
+    report = cf.compare(run, flow, window=10)
+    assert report.grad_norm_error == pytest.approx(0.02, rel=0.03)
