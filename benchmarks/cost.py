@@ -83,7 +83,7 @@ def draw(main: list[dict], others: list[dict]) -> Figure:
     )
     for key, label, marker, color in kinds:
         axes.plot(steps, [m[key] for m in main], marker + "-", c=color, label=label)
-    markers = iter("^vDP")
+    markers = iter("^vDP<>X*")
     for m in others:
         marker = next(markers)
         for key, _, _, color in kinds:
@@ -120,9 +120,12 @@ def main() -> None:
     if arguments.other_steps:
         for make in (
             problems.many_critical,
+            problems.seven_critical,
             problems.rmsprop,
             problems.scalar_rmsprop,
             problems.cross_entropy,
+            problems.convolutional,
+            problems.sorting,
         ):
             others.append(measure(make(), arguments.other_steps, repeat))
     fixed = gd._replace(name="GD, CentralFlow(substeps=1)")

@@ -35,11 +35,18 @@ def gradient_descent() -> Problem:
 
 
 def many_critical() -> Problem:
-    """Of the same size, with three to five critical eigenvalues."""
+    """Of the same size, with three critical eigenvalues for most of the time."""
     objective = cf.Objective(cf.losses.squared_error, cf.data.digits(1000))
     model = cf.models.MLP(64, 10, key=jax.random.key(0))
     problem = Problem("GD, lr 0.7", objective, model, cf.GradientDescent(0.7))
     return problem.after(86)  # the first steps overshoot the edge
+
+
+def seven_critical() -> Problem:
+    """Six on average; the run starts above the edge, and jumps."""
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(500))
+    model = cf.models.MLP(64, 10, key=jax.random.key(0))
+    return Problem("GD, lr 1.4", objective, model, cf.GradientDescent(1.4)).after(100)
 
 
 def rmsprop() -> Problem:
@@ -62,3 +69,20 @@ def cross_entropy() -> Problem:
     objective = cf.Objective(cf.losses.cross_entropy, cf.data.digits(500))
     model = cf.models.MLP(64, 10, key=jax.random.key(0))
     return Problem("GD, cross-entropy", objective, model, cf.GradientDescent(0.2))
+
+
+def convolutional() -> Problem:
+    objective = cf.Objective(cf.losses.squared_error, cf.data.digits(200))
+    model = cf.models.CNN((8, 8), 10, (6, 12), key=jax.random.key(0))
+    return Problem("GD, CNN", objective, model, cf.GradientDescent(0.1))
+
+
+def sorting() -> Problem:
+    """A Transformer that sorts four numbers, at the edge."""
+    length, vocabulary = 4, 4
+    data = cf.data.sorting(200, length, vocabulary, key=jax.random.key(1))
+    tokens = (vocabulary + 1, vocabulary + 1)
+    model = cf.models.Transformer(*tokens, 2 * length, 12, 1, 2, key=jax.random.key(0))
+    objective = cf.Objective(cf.losses.squared_error, data)
+    optimizer = cf.GradientDescent(0.116)
+    return Problem("GD, Transformer", objective, model, optimizer).after(600)
