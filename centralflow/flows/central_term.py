@@ -199,9 +199,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             start = previous.eigenvectors
             e = self._spectrum(y, previous, *self._followed(previous), start=start)
             e = dataclasses.replace(e, work=previous.work + e.work)
-        work = e.work + Work(
-            gradients=1, third_derivatives=e.critical * (e.critical + 1) // 2
-        )
+        work = e.work + Work(gradients=1, third_derivatives=e.pairs)
         return dataclasses.replace(e, slope=slope, forces=self._forces(y, e), work=work)
 
     def _room(self, y: FlowState) -> int:
@@ -333,15 +331,17 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             V = start * jnp.sqrt(P)
             change = V - _matmul(_matmul(V, old.T), old)
             start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
-        e = self._spectrum(y, previous, *self._followed(previous), start=start)
+        count, wanted = self._followed(previous)
+        count = jnp.minimum(count + previous.affordable, self.block_size)
+        e = self._spectrum(y, previous, count, wanted, start=start)
         # What was held at the edge may be predicted below it, for being held too much.
         # Without oscillations and below the edge there is nothing to solve for.
         critical = jnp.minimum(jnp.maximum(e.critical, previous.held), e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
-        work = e.work + Work(third_derivatives=critical * (critical + 1) // 2)
-        e = dataclasses.replace(e, critical=critical, work=work)
-        return dataclasses.replace(e, forces=self._forces(y, e))
+        e = dataclasses.replace(e, critical=critical)
+        work = e.work + Work(third_derivatives=e.pairs)
+        return dataclasses.replace(e, forces=self._forces(y, e), work=work)
 
     def no_stiff_modes(self, y: FlowState) -> StiffModes:
         return none_known(y.weights.size, y.weights.dtype)

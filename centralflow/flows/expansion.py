@@ -51,3 +51,14 @@ class Expansion(eqx.Module):
     age: Int[Array, ""]
     calls: Int[Array, ""]
     work: Work
+
+    @property
+    def pairs(self) -> Int[Array, ""]:
+        """The number of the D_ij, i >= j."""
+        return self.critical * (self.critical + 1) // 2
+
+    @property
+    def affordable(self) -> Int[Array, ""]:
+        """Hessian-vector products that cost a twentieth of what the D_ij do: if there
+        are many, whatever makes steps longer is cheap."""
+        return self.pairs // 10

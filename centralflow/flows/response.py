@@ -131,6 +131,7 @@ def responder(
     # times that a part in ten of the response is missed at long steps. If it were much
     # more then X would overshoot, back and forth from step to step.
     count = jnp.floor(2 + 0.3 * jnp.sqrt(dt * optimizer.critical_sharpness))
+    count += e.affordable
     count = jnp.where(e.critical > 0, jnp.minimum(count, _KRYLOV), 0).astype(jnp.int32)
     v = force / modes.root
     noise = jr.normal(jr.fold_in(jr.key(2), e.calls), v.shape, v.dtype)
@@ -161,7 +162,7 @@ def damped(
     damp = lambda values: (1 + 0.5 * dt * jnp.maximum(values, 0)) ** -2
     # In short steps the errors that this leaves are real enough to count.
     count = jnp.floor(jnp.log2(1 + dt * optimizer.critical_sharpness) - 5)
-    count = jnp.clip(count, 0, _DAMPED).astype(jnp.int32)
+    count = jnp.clip(count + e.affordable, 0, _DAMPED).astype(jnp.int32)
     v, V = modes.root * defect, modes.eigenvectors
     along = _matmul(damp(e.sharpness) * _matmul(V, v), V)
     space, rest = modes.space(v, count, _DAMPED)
