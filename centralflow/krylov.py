@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from .precision import full_precision
 
+# Not the operator, the user's, which is called in between.
+_matmul = full_precision(jnp.matmul)
+
 
 class Krylov(eqx.Module):
     """An orthonormal basis Q of span{v, A v, A^2 v, ...}, v / |v| its first row, and
@@ -27,15 +30,21 @@ class Krylov(eqx.Module):
         exact up to twice that degree less one."""
         return self.vectors @ (function(self.nodes) * self.vectors[0])
 
+    def mean(self, values: Float[Array, " m"]) -> Float[Array, ""]:
+        """That quadrature, from the values of f at the nodes."""
+        return self.vectors[0] ** 2 @ values
+
+    def within(
+        self, values: Float[Array, " m"], x: Float[Array, " n"]
+    ) -> Float[Array, " m"]:
+        """f(Q A Q') Q x, from the values of f at the nodes."""
+        return self.vectors @ (values * (_matmul(self.basis, x) @ self.vectors))
+
     @property
     def residuals(self) -> Float[Array, " m"]:
         """|A v - node v| of the eigenvectors' approximations in the space."""
         last = jnp.maximum(self.size - 1, 0)
         return self.rest * jnp.abs(self.vectors[last])
-
-
-# The operator, the user's, is called in between.
-_matmul = full_precision(jnp.matmul)
 
 
 def krylov(

@@ -59,9 +59,19 @@ def test_exact_for_polynomials(count):
     quadrature = Polynomial(rng.normal(size=2 * count))
     first = space.coefficients(quadrature)[0]
     np.testing.assert_allclose(first, mean(quadrature), atol=1e-13)
+    np.testing.assert_allclose(
+        space.mean(jnp.asarray(quadrature(space.nodes))), first, atol=1e-13
+    )
     # ... and no more: what is missing is a square.
     power = lambda x: x ** (2 * count)
     assert mean(power) - space.coefficients(power)[0] > 1e-4
+    # f of the compressed matrix, for any vector
+    basis, x = np.asarray(space.basis[:count]), rng.normal(size=SIZE)
+    compressed = _apply(degree_below, basis @ A @ basis.T, basis @ x)
+    compressed *= np.linalg.norm(basis @ x)
+    within = space.within(*map(jnp.asarray, (degree_below(space.nodes), x)))
+    np.testing.assert_allclose(within[:count], compressed, atol=1e-12)
+    np.testing.assert_array_equal(within[count:], 0)
 
 
 @pytest.mark.usefixtures("x64")

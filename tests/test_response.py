@@ -14,10 +14,10 @@ from centralflow.krylov import krylov
 SIZE, TRACKED, RATE, DT = 7, 2, 0.4, 30.0
 
 
-@pytest.fixture
-def known():
-    """A response of which all is known: two tracked eigenvectors of P^-1/2 H P^-1/2,
-    and a Krylov space of all the others; with that matrix."""
+@pytest.fixture(params=[SIZE - TRACKED, 2])
+def known(request):
+    """A response with two tracked eigenvectors of P^-1/2 H P^-1/2, and a Krylov space
+    across them: of all the others, or small; with that matrix."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         Q, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
@@ -25,22 +25,20 @@ def known():
         A, v = jnp.asarray((Q * values) @ Q.T), jnp.asarray(rng.normal(size=SIZE))
         V = jnp.asarray(Q[:, :TRACKED].T)
         across = lambda x: x - (V @ x) @ V
-        rest = SIZE - TRACKED
         operator = lambda x: across(A @ x)
-        space = krylov(operator, across(v), jnp.asarray(rest), rest)
+        space = krylov(operator, across(v), jnp.asarray(request.param), SIZE)
         optimizer = cf.GradientDescent(RATE)
         y = FlowState(v, optimizer.init(v), {})
         values = jnp.asarray(values[:TRACKED])
         yield Response(optimizer, y, jnp.asarray(DT), V, values, space), A, rng
 
 
+@pytest.mark.parametrize("known", [SIZE - TRACKED], indirect=True)
 def test_response(known):
     """Of dx/dt = -A x - rate F(t) from x = 0, by Gauss's quadrature, which is exact to
     rounding: e^(-z) for z up to 60 is resolved by 64 nodes."""
     respond, A, rng = known
-    # In the span of the tracked eigenvectors and of what the space was made from.
-    span = jnp.stack([*respond.eigenvectors, respond.space.basis[0]])
-    F, slope = (jnp.asarray(rng.normal(size=TRACKED + 1)) @ span for _ in range(2))
+    F, slope = (jnp.asarray(rng.normal(size=SIZE)) for _ in range(2))
     zero = jnp.zeros(SIZE)
     end = respond(Forcing(F, zero), Forcing(slope, zero)).weights
     values, Q = np.linalg.eigh(A)
@@ -50,3 +48,15 @@ def test_response(known):
         decay = (Q * np.exp(-DT * values * (1 - share))) @ Q.T
         expected -= DT * RATE * w * decay @ (F + slope * (share - 0.5))
     np.testing.assert_allclose(end, expected, rtol=1e-9)
+
+
+def test_self_adjoint(known):
+    """Which the complementarity problem of several forces takes for granted."""
+    respond, _, rng = known
+    F, G, zero = (*jnp.asarray(rng.normal(size=(2, SIZE))), jnp.zeros(SIZE))
+    for arrange in (lambda x: (x, zero), lambda x: (zero, x)):
+        end = lambda x, arrange=arrange: (
+            respond(*(Forcing(part, zero) for part in arrange(x))).weights
+        )
+        np.testing.assert_allclose(G @ end(F), F @ end(G), rtol=1e-12)
+        assert abs(G @ end(F)) > 1e-2

@@ -108,15 +108,15 @@ class RingingResponse(eqx.Module):
     def _apply(
         self, part: int, root: Array, constant: Forcing, linear: Forcing
     ) -> Float[Array, " n"]:
-        V, vectors, total = self.eigenvectors, self.space.vectors, 0.0
+        V, space = self.eigenvectors, self.space
+        mean = along = across = 0.0
         for kind, forcing in enumerate((constant, linear)):
-            v = forcing.gradient / root
-            image = vectors @ (self.across[kind, part] * vectors[0])
-            push = jnp.dot(self.space.basis[0], v, precision="highest")
-            along = (self.along[kind, part] - image[0]) * _matmul(V, v)
-            total += image[0] * v + _matmul(along, V)
-            total += push * _matmul(image.at[0].set(0), self.space.basis)
-        return total
+            v, values = forcing.gradient / root, self.across[kind, part]
+            usual = space.mean(values)
+            mean += usual * v
+            along += (self.along[kind, part] - usual) * _matmul(V, v)
+            across += space.within(values - usual, v)
+        return mean + _matmul(along, V) + _matmul(across, space.basis)
 
     def _state_change(self, forcing: Forcing) -> PyTree[Array]:
         """Of the second moments, slow next to m: by the constant part alone."""

@@ -36,8 +36,13 @@ class Response(eqx.Module):
 
     with f = phi_1 or f = chi, dw/dt and ds/dt at the end of the step, and J the decay
     of the optimizer state. f is exact along the tracked eigenvectors V of
-    P^-1/2 H P^-1/2; exact to the degree of the Krylov space in one direction across
-    them, that of the forcing; and its mean there in the other directions.
+    A = P^-1/2 H P^-1/2; Q' f(Q A Q') Q in a Krylov space Q across them, which is exact
+    to its degree in one direction, that of the forcing; and the mean of f in that
+    direction across both.
+
+    That is self-adjoint, and must be: with the mean in all directions but the one, the
+    multipliers of seven eigenvalues left 20 to 90 % of the violation of the constraint
+    that they were to remove.
     """
 
     optimizer: AbstractOptimizer
@@ -58,11 +63,11 @@ class Response(eqx.Module):
             f = lambda values, function=function: function(
                 jnp.minimum(-self.dt * values, 3)
             )
-            v, coefficients = root * dw, self.space.coefficients(f)
-            push = jnp.dot(Q[0], v, precision="highest")
-            mean += coefficients[0] * v
-            along += (f(self.values) - coefficients[0]) * _matmul(V, v)
-            across += push * coefficients.at[0].set(0)
+            v, values = root * dw, f(self.space.nodes)
+            usual = self.space.mean(values)
+            mean += usual * v
+            along += (f(self.values) - usual) * _matmul(V, v)
+            across += self.space.within(values - usual, v)
             state = jax.tree.map(
                 lambda total, d, j, function=function: (
                     total + self.dt * function(self.dt * j) * d
