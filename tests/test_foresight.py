@@ -49,6 +49,42 @@ def test_work_of_rejected_steps_is_counted():
     assert (t0, total) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    # The second step has `share` of the length of the first, of error 1.9 tol. An error
+    # of order 1 falls by as much; kept is one that falls by less than the root of it,
+    [
+        (1.0, True),
+        (0.9, True),
+        (0.7, False),
+        (0.6, False),
+        (1.1, False),
+        (jnp.inf, False),
+    ],
+)
+def test_an_inherited_error_is_accepted(share, kept):
+    """... and is at most twice the tolerance; here the length is a half or more."""
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    controller, _ = cf.CentralFlow().stepsize(f32(1e-2))
+    y = _y(0.0)
+    t1, state = controller.init(None, f32(0), f32(1e6), y, f32(8), None, None, 3)
+    keep, t0, t1, _, state, _ = controller.adapt_step_size(
+        f32(0), t1, y, y, None, _y(1.9e-2), 3, state
+    )
+    assert not keep
+    length = float(t1)
+    assert 4 < length < 8
+    keep, t0, t1, _, state, _ = controller.adapt_step_size(
+        t0, t1, y, y, None, _y(1.9e-2 * share), 3, state
+    )
+    assert bool(keep) == kept
+    if kept:
+        assert (float(t0), float(t1)) == pytest.approx((length, 2 * length))
+        # The next one is judged by itself.
+        keep, *_ = controller.adapt_step_size(t0, t1, y, y, None, _y(1.9e-2), 3, state)
+        assert not keep
+
+
 @pytest.mark.parametrize("dt", [2**-6, 2**-5])
 def test_a_step_that_cannot_be_made_shorter_is_kept(dt):
     """At t = 2^17 float32 has steps of 2^-6. One of 2^-5 = 0.031, above `dtmin`, and to

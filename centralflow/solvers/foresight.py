@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+# An error that a step inherits is accepted up to so many times the tolerance.
+_INHERITED = 2.0
+
 
 class _State(eqx.Module):
     inner: Any
     end: Float[Array, ""]
     total: PyTree
     proposed: Float[Array, ""]  # the length of the next step
+    # Length and error of the last step, if it was rejected; else zero.
+    rejected: tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
@@ -24,6 +29,12 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     tight it says nothing: the next step would be rejected, several times. So a step is
     at most so long that no row, at its last speed, exceeds the constraint by more than
     the tolerance allows.
+
+    An error that a step makes falls with its length, at least; one that it inherits, of
+    a multiplier or of fast modes that the last step left a little wrong, need not. If a
+    rejected step was made shorter and its error has hardly fallen, the step is kept:
+    else its length would fall by a factor of 50, for an error that the last step was
+    permitted to make.
 
     The last step of an integration is cut to end there. Far shorter than those before
     it, it would not resolve the multiplier; so the last two are made equal. The step
@@ -57,7 +68,8 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
             terms, t0, t1, y0, dt0, args, func, error_order
         )
         zero = jax.tree.map(jnp.zeros_like, y0.observables["work"])
-        return t1, _State(inner, end, zero, t1 - t0)
+        none = jnp.zeros_like(t1 - t0)
+        return t1, _State(inner, end, zero, t1 - t0, (none, none))
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -68,10 +80,16 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         # A step that cannot be made shorter: the next is the same in this precision.
         after = lambda t0, t1: jnp.maximum(t1, jnp.nextafter(t0, jnp.inf))
         next_t1 = after(next_t0, next_t1)
-        shortest = ~keep & (next_t1 >= t1)
-        keep = keep | shortest
-        next_t0 = jnp.where(shortest, t1, next_t0)
-        next_t1 = jnp.where(shortest, t1 + (t1 - t0), next_t1)
+        dt, error = t1 - t0, self.norm(y_error) / self.atol
+        dt_before, error_before = controller_state.rejected
+        shorter = dt / jnp.where(dt_before > 0, dt_before, 1)
+        inherited = error > error_before * jnp.sqrt(shorter)
+        inherited &= (dt_before > 0) & (error < _INHERITED)
+        in_spite = ~keep & (inherited | (next_t1 >= t1))
+        keep = keep | in_spite
+        next_t0 = jnp.where(in_spite, t1, next_t0)
+        next_t1 = jnp.where(in_spite, t1 + dt, next_t1)
+        rejected = tuple(jnp.where(keep, 0, x).astype(dt.dtype) for x in (dt, error))
         left, speed = y_error.observables["approach"]
         allowed = 0.7 * jnp.sqrt(self.atol)
         longest = jnp.min(
@@ -92,4 +110,5 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         last_two = (next_t1 < end) & (left < 2 * (next_t1 - next_t0))
         next_t1 = jnp.where(last_two, next_t0 + left / 2, next_t1)
         total = controller_state.total + y_error.observables["work"]
-        return keep, next_t0, next_t1, jump, _State(inner, end, total, proposed), result
+        state = _State(inner, end, total, proposed, rejected)
+        return keep, next_t0, next_t1, jump, state, result
