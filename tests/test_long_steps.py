@@ -154,12 +154,16 @@ def test_the_multiplier_of_a_changing_drift():
         cf.Objective(loss), start, cf.GradientDescent(eta), 400, weight_times=range(401)
     )
     assert flow.stats["accepted_steps"] < 40
-    q, _, y, z = flow.weights[250:].T
-    # Until then what began the run out of equilibrium is more than 1e-6.
+    q, _, y, z = flow.weights[200:].T
     q1 = -a * b1 * eta * (c + b1 * y) / h
     Sigma = 2 * (b0 + b1 * z) + 2 * a * q1 / eta
-    np.testing.assert_allclose(flow.sharpness[250:, 0], 2, rtol=1e-12)
-    np.testing.assert_allclose(flow.oscillation[250:, 0], Sigma / eta, rtol=1e-6)
+    np.testing.assert_allclose(flow.sharpness[200:, 0], 2, rtol=1e-12)
+    # What began the run out of equilibrium dies down: 6e-4 at 100, 1.3e-6 at 200. (Were
+    # the oscillation not a parabola in a step, but a straight line, 1.0e-6.)
+    error = np.abs(flow.oscillation[200:, 0] / (Sigma / eta) - 1)
+    assert np.all(error < 2e-6)
+    assert np.all(error[50:] < 1e-6)
+    assert np.all(error[150:] < 5e-8)
     # Weights are cubic in a step, from slopes that are not quite those of equilibrium.
     np.testing.assert_allclose(q, -(a * Sigma / 2 + q1 / eta) / h, rtol=1e-2)
 
