@@ -334,9 +334,12 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         count, wanted = self._followed(previous)
         count = jnp.minimum(count + previous.affordable, self.block_size)
         e = self._spectrum(y, previous, count, wanted, start=start)
-        # What was held at the edge may be predicted below it, for being held too much.
-        # Without oscillations and below the edge there is nothing to solve for.
-        critical = jnp.minimum(jnp.maximum(e.critical, previous.held), e.tracked)
+        # What was at the edge, or close, may be predicted far below it, for being held
+        # too much: once that is corrected it is back, and may be beyond. Without
+        # oscillations and below the edge there is nothing to solve for.
+        critical = jnp.minimum(self.count_critical(previous.sharpness), self._room(y))
+        critical = jnp.maximum(jnp.maximum(e.critical, previous.held), critical)
+        critical = jnp.minimum(critical, e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
         e = dataclasses.replace(e, critical=critical)
