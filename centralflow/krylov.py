@@ -28,17 +28,18 @@ class Krylov(eqx.Module):
         """Those of f(A) v / |v| in the basis: exact for polynomials f of degree below
         the number of products. The first, v' f(A) v / |v|^2, is a Gauss quadrature,
         exact up to twice that degree less one."""
-        return self.vectors @ (function(self.nodes) * self.vectors[0])
+        return _matmul(self.vectors, function(self.nodes) * self.vectors[0])
 
     def mean(self, values: Float[Array, " m"]) -> Float[Array, ""]:
         """That quadrature, from the values of f at the nodes."""
-        return self.vectors[0] ** 2 @ values
+        return jnp.sum(self.vectors[0] ** 2 * values)
 
     def within(
         self, values: Float[Array, " m"], x: Float[Array, " n"]
     ) -> Float[Array, " m"]:
         """f(Q A Q') Q x, from the values of f at the nodes."""
-        return self.vectors @ (values * (_matmul(self.basis, x) @ self.vectors))
+        coordinates = _matmul(_matmul(self.basis, x), self.vectors)
+        return _matmul(self.vectors, values * coordinates)
 
     @property
     def residuals(self) -> Float[Array, " m"]:

@@ -8,6 +8,7 @@ import pytest
 import centralflow as cf
 from centralflow.flows.base import FlowState
 from centralflow.flows.expansion import Forcing
+from centralflow.flows.leapfrog import RingingResponse
 from centralflow.flows.response import Response
 from centralflow.krylov import krylov
 
@@ -50,9 +51,15 @@ def test_response(known):
     np.testing.assert_allclose(end, expected, rtol=1e-9)
 
 
-def test_self_adjoint(known):
+@pytest.mark.parametrize("rings", [False, True])
+def test_self_adjoint(known, rings):
     """Which the complementarity problem of several forces takes for granted."""
     respond, _, rng = known
+    if rings:
+        optimizer, w = cf.HeavyBall(RATE, 0.9), respond.y.weights
+        y = FlowState(w, optimizer.init(w), {})
+        r = respond
+        respond = RingingResponse(optimizer, y, r.dt, r.eigenvectors, r.values, r.space)
     F, G, zero = (*jnp.asarray(rng.normal(size=(2, SIZE))), jnp.zeros(SIZE))
     for arrange in (lambda x: (x, zero), lambda x: (zero, x)):
         end = lambda x, arrange=arrange: (

@@ -83,6 +83,21 @@ def test_rmsprop_solves_the_convex_program(seed, scale, lowest):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", [cf.Adam, cf.NAdam])
+def test_adam_forgets_its_start(method):
+    """The same program, with another kappa; and no correction of zeros long ago."""
+    objective, w, g, H = _quadratic()
+    optimizer = method(0.1, 0.9, 0.99, 0.0, bias_correction=True)
+    found = cf.stationary_preconditioner(
+        objective, w, optimizer, tolerance=1e-6, max_iterations=20_000
+    )
+    assert found.converged
+    P, _ = _convex_program(g, H, 0.1, float(optimizer.critical_sharpness))
+    np.testing.assert_allclose(found.preconditioner, P, rtol=5e-5)
+    np.testing.assert_allclose(found.state.m, g, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("slope", [0.0, 0.1, 100.0])
 def test_scalar_rmsprop_in_closed_form(slope):
     """sqrt(nu) + eps = max(|g| + eps, eta S / kappa)."""

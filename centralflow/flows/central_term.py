@@ -333,12 +333,14 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
         count, wanted = self._followed(previous)
         count = jnp.minimum(count + previous.affordable, self.block_size)
+        close = self.count_critical(previous.sharpness)
+        close = jnp.minimum(jnp.minimum(close, self._room(y)), count)
+        wanted = jnp.maximum(wanted, close)
         e = self._spectrum(y, previous, count, wanted, start=start)
         # What was at the edge, or close, may be predicted far below it, for being held
         # too much: once that is corrected it is back, and may be beyond. Without
         # oscillations and below the edge there is nothing to solve for.
-        critical = jnp.minimum(self.count_critical(previous.sharpness), self._room(y))
-        critical = jnp.maximum(jnp.maximum(e.critical, previous.held), critical)
+        critical = jnp.maximum(jnp.maximum(e.critical, previous.held), close)
         critical = jnp.minimum(critical, e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)

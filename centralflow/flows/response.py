@@ -165,7 +165,8 @@ def damped(
     """
     modes = _Modes(objective, optimizer, y, e)
     damp = lambda values: (1 + 0.5 * dt * jnp.maximum(values, 0)) ** -2
-    # In short steps the errors that this leaves are real enough to count.
+    # In short steps the errors that this leaves are real enough to count, but where
+    # many third derivatives are to be saved.
     count = jnp.floor(jnp.log2(1 + dt * optimizer.critical_sharpness) - 5)
     count = jnp.clip(count + e.affordable, 0, _DAMPED).astype(jnp.int32)
     v, V = modes.root * defect, modes.eigenvectors

@@ -60,6 +60,12 @@ class _AbstractAdam(AbstractOptimizer):
         second = self.rmsprop.state_rate(state.second, gradient, gradient_sq)
         return Moments(m, second)
 
+    def stationary_state(
+        self, state: Moments, gradient: Vector, gradient_sq: Vector
+    ) -> Moments:
+        second = self.rmsprop.stationary_state(state.second, gradient, gradient_sq)
+        return Moments(gradient, second)
+
     def step_rates(
         self,
         weights: Vector,
@@ -86,8 +92,14 @@ class _AbstractAdam(AbstractOptimizer):
         if self.bias_correction:
             # m is divided by 1 - beta1^t, and the step by P: that factor is P's here,
             # so that the step is always -P^-1 m.
-            P = P * self._correction(jnp.maximum(state.second.updates, 1))
+            P = P * self._correction(self._counted(state))
         return P
+
+    def _counted(self, state: Moments) -> Float[Array, ""]:
+        """The updates since m was zero: at least one, and infinitely many if that is
+        forgotten."""
+        second = state.second
+        return jnp.where(jnp.isinf(second.age), jnp.inf, jnp.maximum(second.updates, 1))
 
     def _correction(self, updates: Float[Array, ""]) -> Float[Array, ""]:
         return -jnp.expm1(updates * jnp.log(self.beta1.astype(updates.dtype)))
@@ -183,6 +195,6 @@ class NAdam(_AbstractAdam):
     def velocity(self, weights: Vector, state: Moments, gradient: Vector) -> Vector:
         beta, m = self.beta1.astype(gradient.dtype), state.m
         if self.bias_correction:
-            t = jnp.maximum(state.second.updates, 1)
+            t = self._counted(state)
             m = m * (self._correction(t) / self._correction(t + 1))
         return -(beta * m + (1 - beta) * gradient) / self.preconditioner(state)

@@ -32,9 +32,10 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
 
     An error that a step makes falls with its length, at least; one that it inherits, of
     a multiplier or of fast modes that the last step left a little wrong, need not. If a
-    rejected step was made shorter and its error has hardly fallen, the step is kept:
-    else its length would fall by a factor of 50, for an error that the last step was
-    permitted to make.
+    rejected step was made shorter and its error, below twice the tolerance, has hardly
+    fallen, the step is kept: else it might be made 50 times shorter, for an error that
+    the last step was permitted to make. (The error of a jump within a step does not
+    fall either: a small one of the learning rate may be kept so, too.)
 
     The last step of an integration is cut to end there. Far shorter than those before
     it, it would not resolve the multiplier; so the last two are made equal. The step
@@ -85,6 +86,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         shorter = dt / jnp.where(dt_before > 0, dt_before, 1)
         inherited = error > error_before * jnp.sqrt(shorter)
         inherited &= (dt_before > 0) & (error < _INHERITED)
+        inherited &= dt > 2 * self.controller.dtmin
         in_spite = ~keep & (inherited | (next_t1 >= t1))
         keep = keep | in_spite
         next_t0 = jnp.where(in_spite, t1, next_t0)
