@@ -204,29 +204,41 @@ class FlatObjective(eqx.Module):
         """The Hessian-vector product H(w) v."""
         return self._mean(lambda loss: jax.jvp(jax.grad(loss), (w,), (v,))[1])
 
+    def hessian(
+        self, w: Float[Array, " n"]
+    ) -> Callable[[Float[Array, "k n"], int | Int[Array, ""]], Float[Array, "k n"]]:
+        """H(w) as a function `(V, count)`: applied to the first `count` rows of V; the
+        other rows are zero.
+
+        The gradient is linearized here, once for all that is done with the function,
+        but with microbatches once for each block of rows.
+        """
+        linearize = lambda loss: jax.linearize(jax.grad(loss), w)[1]
+        if self._in_one:
+            hvp = linearize(self._loss(self.objective.data))
+            return lambda V, count: _by_row(hvp, V, count, jnp.zeros_like(V))
+
+        def products(V, count):
+            add = lambda loss, share, total: _by_row(
+                linearize(loss), V, count, total, share=share
+            )
+            return self._accumulate(add, jnp.zeros_like(V))
+
+        return products
+
     def hvps(
         self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
     ) -> Float[Array, "k n"]:
-        """H(w) applied to the first `count` rows of V; the other rows are zero.
-
-        The gradient is linearized once for all rows. The rows are a loop and not a
-        `vmap`: a batched product is slower on a CPU, and `count` may be dynamic.
-        """
-
-        def products(loss, share, total):
-            _, hvp = jax.linearize(jax.grad(loss), w)
-            add = lambda i, total: total.at[i].add(share * hvp(V[i]))
-            return jax.lax.fori_loop(0, count, add, total)
-
-        return self._accumulate(products, jnp.zeros_like(V))
+        """H(w) applied to the first `count` rows of V; the other rows are zero."""
+        return self.hessian(w)(V, count)
 
     def preconditioned_hessian(
         self, w: Float[Array, " n"], P: Float[Array, ""] | Float[Array, " n"]
     ) -> Callable[[Float[Array, "k n"], int | Int[Array, ""]], Float[Array, "k n"]]:
         """P^-1/2 H(w) P^-1/2 for a diagonal P, as a function of the rows of V and
         their number. With u = P^-1/2 v, its eigenvectors v are those of P^-1 H."""
-        scale = jnp.sqrt(P)
-        return lambda V, count: self.hvps(w, V / scale, count) / scale
+        scale, hessian = jnp.sqrt(P), self.hessian(w)
+        return lambda V, count: hessian(V / scale, count) / scale
 
     def third(
         self, w: Float[Array, " n"], u: Float[Array, " n"], v: Float[Array, " n"]
@@ -287,6 +299,32 @@ class FlatObjective(eqx.Module):
         observable = lambda x: fn(self.model(x))
         slope = lambda x: jax.jvp(observable, (x,), (v,))[1]
         return jax.jvp(slope, (w,), (u,))[1]
+
+
+def _by_row(
+    linear: Callable[[Float[Array, " n"]], Float[Array, " n"]],
+    V: Float[Array, "k n"],
+    count: int | Int[Array, ""],
+    total: Float[Array, "k n"],
+    share: float = 1.0,
+) -> Float[Array, "k n"]:
+    """`total` and `share` times the images of the first `count` rows of V.
+
+    A loop and not a `vmap`: a batched product is slower on a CPU, and `count` may be
+    dynamic. But a loop over pairs, whose products do not depend on each other: on two
+    cores they take 1.3 to 1.4 times as long as one, also where the second is not used.
+    (Pairs of third derivatives take as long as two.)
+    """
+    together = min(2, len(V))
+
+    def add(p, total):
+        for i in range(together):
+            j = together * p + i
+            image = jnp.where(j < count, share * linear(V[j]), 0)
+            total = total.at[j].add(image, mode="drop")
+        return total
+
+    return jax.lax.fori_loop(0, -(-count // together), add, total)
 
 
 def _check_signature(loss_fn: Callable, has_data: bool) -> None:
