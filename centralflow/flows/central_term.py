@@ -25,6 +25,7 @@ from ..precision import full_precision
 from ..results import RESULTS
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
+from .coupling import coupling
 from .dense import crossing
 from .expansion import Expansion, Forcing, Slope
 from .leapfrog import RingingResponse, leapfrog
@@ -38,6 +39,10 @@ from .stiff_modes import StiffModes, none_known
 GUARDS = 2
 # By how much slowed modes may be faster than they should, for having turned in a step.
 _TURNED = 1.3
+# An eigenvector counts as critical if leaving it out would let the sharpness exceed the
+# critical one by this share of the tolerance. (What it adds grows with the fourth power
+# of the step: twice as long, and it is a third.)
+_COUPLED = 0.02
 
 _matmul = full_precision(jnp.matmul)
 
@@ -271,7 +276,8 @@ class CentralTerm(AbstractStiffComplementarityTerm):
             known=known,
             critical=critical,
             held=jnp.int32(0),
-            turned=jnp.zeros((), w.dtype),
+            excess=jnp.zeros((), w.dtype),
+            coupled=jnp.int32(0),
             root=jnp.sqrt(P),
             age=jnp.int32(0),
             calls=jnp.asarray(calls, jnp.int32),
@@ -341,6 +347,7 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         # too much: once that is corrected it is back, and may be beyond. Without
         # oscillations and below the edge there is nothing to solve for.
         critical = jnp.maximum(jnp.maximum(e.critical, previous.held), close)
+        critical = jnp.maximum(critical, jnp.minimum(previous.coupled, self._room(y)))
         critical = jnp.minimum(critical, e.tracked)
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
@@ -392,16 +399,14 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         active = jnp.arange(self.block_size) < e.critical
         block = active[:, None] & active
         images = self.objective.hvps(y.weights, U, e.critical)
-        hessian = _matmul(U, images.T)
-        hessian = jnp.where(block, (hessian + hessian.T) / 2, e.hessian)
         gram = jnp.where(block, _matmul(U * P, U.T), e.gram)
-        # gram^-1/2 hessian gram^-1/2, whose eigenvalues are those of P^-1 H
-        g, Q = jnp.linalg.eigh(gram)
-        root = (Q / jnp.sqrt(g)) @ Q.T
-        inverse = jnp.where(block, (Q / g) @ Q.T, 0)
-        rest = images - _matmul(jnp.where(block, hessian, 0) @ inverse, P * U)
-        turned = jnp.max(jnp.where(active, jnp.sum(rest**2 / P, axis=1), 0))
+        tracked = jnp.arange(self.block_size) < e.tracked
+        kappa = self.optimizer.critical_sharpness
+        now = coupling(U, images, P, gram, e.sharpness, active, tracked, kappa)
         variances = jnp.linalg.eigvalsh(X)
+        held = jnp.sum(variances > 1e-3 * jnp.max(variances), dtype=jnp.int32)
+        enough = now.lost < _COUPLED * self.rtol * kappa
+        enough &= jnp.arange(self.block_size) >= held
         work = Work(
             gradients=stages,  # one less in the step, and one at its end
             hvps=e.critical,
@@ -410,12 +415,13 @@ class CentralTerm(AbstractStiffComplementarityTerm):
         return dataclasses.replace(
             e,
             slope=self.slope(y),
-            sharpness=jnp.linalg.eigvalsh(root @ hessian @ root)[::-1],
-            hessian=hessian,
+            sharpness=now.values[::-1],
+            hessian=now.hessian,
             gram=gram,
             forces=e.forces[:0],
-            held=jnp.sum(variances > 1e-3 * jnp.max(variances), dtype=jnp.int32),
-            turned=jnp.sqrt(turned),
+            held=held,
+            excess=now.excess,
+            coupled=jnp.argmax(enough).astype(jnp.int32),
             work=e.work + work,
         )
 

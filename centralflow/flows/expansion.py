@@ -30,9 +30,10 @@ class Expansion(eqx.Module):
     be empty. `held` is the rank of X.
 
     Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
-    `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. `turned` is
-    the largest |H u_i - P sum_j M_ij u_j| in the norm of P^-1, with M = U H U', after a
-    long step.
+    `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. After a
+    long step `excess` is by how much the largest eigenvalue may exceed that in
+    `sharpness`, and at least `coupled` eigenvectors must count as critical for it to be
+    small.
     """
 
     slope: Slope
@@ -46,7 +47,8 @@ class Expansion(eqx.Module):
     known: Int[Array, ""]
     critical: Int[Array, ""]
     held: Int[Array, ""]
-    turned: Float[Array, ""]
+    excess: Float[Array, ""]
+    coupled: Int[Array, ""]
     root: Float[Array, ""] | Float[Array, " n"]
     age: Int[Array, ""]
     calls: Int[Array, ""]

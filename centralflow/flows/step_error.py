@@ -25,7 +25,13 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         the loss.
     - `jump`: the correction over the length of the path.
     - `violation`: what the correction had to do for the constraint.
-    - `remainder`: what it left to do.
+    - `remainder`: what it left to do, and by how much the sharpness exceeds that of the
+        critical eigenvectors, which have turned.
+    - `oscillation`: how far what X adds to the mean loss is from linear in time, over
+        the mean loss. Its values at the ends of steps are extrapolated, and are off by
+        about that; one at the start by what was to be expected of the step before.
+        Where X is most of the loss, five times as much is permitted: more than the
+        eigenvectors' noise in X.
     - `between`: of modes that ring, how far the loss at the middle of the step is from
         the cubic through its ends.
     - `P`: how far the step sizes 1/P are from linear in time; a schedule of the
@@ -47,20 +53,22 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     before, predicted, after = (
         term.constraint(x) for x in (step.expansion0, step.predicted, step.expansion1)
     )
-    moved = jnp.where(rows, jnp.abs(jnp.diag(step.linearized - predicted)), 0)
+    # Rows that the correction moves below the margin are of no concern.
+    first, last = jnp.diag(predicted), jnp.diag(step.linearized)
+    far = jnp.maximum(jnp.minimum(first, last) - term.margin * kappa, 0)
+    moved = jnp.where(rows, jnp.maximum(jnp.abs(last - first) - far, 0), 0)
     beyond = jnp.max(-jnp.diag(predicted)) - step.excess
     left = jnp.maximum(jnp.max(-jnp.diag(before)), 0)
     violation = jnp.maximum(jnp.max(moved), beyond) - left
     violation = step.dt / (step.dt + _OWN) * jnp.maximum(violation, 0)
-    # By perturbation theory, the eigenvalues exceed those in the old eigenvectors by
-    # the square of what these turned, over the distance of those to which they turned.
     both = rows[:, None] & rows
     remainder = jnp.max(jnp.where(both, jnp.abs(after - step.linearized), 0))
-    remainder = jnp.maximum(remainder, 12 * e.turned**2 / kappa)
+    remainder = jnp.maximum(remainder, e.excess)
     # In steps of a few units a change of X is answered to exactly.
     jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
     change = jnp.max(moved)
-    jump = jump * change / (change + 0.1 * term.rtol * kappa)
+    real = change / (change + 0.1 * term.rtol * kappa)  # not the eigenvectors' noise
+    of_X = step.y1.observables["oscillating"]["loss"]
     between = jnp.zeros_like(jump)
     if term.rings:
         of_loss = lambda rate: rate.observables["smooth"]["loss"]
@@ -71,9 +79,10 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         path=0.05 * norm(defect) / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
         correction=jnp.abs(gradient @ correction) / loss,
-        jump=0.1 * jump,
+        jump=0.1 * jump * real,
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
+        oscillation=2 * jnp.abs(step.bulge["loss"]) * real / (loss + 5 * of_X),
         between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )

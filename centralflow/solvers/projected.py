@@ -213,6 +213,20 @@ class ProjectedRKC(diffrax.AbstractSolver):
         e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
+        # The observables of X between the ends of steps. If they were zero before, or
+        # not known, they are zero up to the onset and constant thereafter. Elsewhere
+        # the constraint determines their means over steps better than their ends, which
+        # are extrapolated from these.
+        within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
+        y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
+        begins = (s.dt == 0) | term.begins(s.expansion)
+        last, mean_of_X = _of_X(y1), mean(_of_X(y1), s.mean_of_X)
+        first_of_X = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), last)
+        bulge = tree_map(
+            lambda a, b, m, before: jnp.where(usable(before), m - (a + b) / 2, 0),
+            first_of_X, last, mean_of_X, s.mean_of_X,
+        )  # fmt: skip
+
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
         mean_forcing = mean(forcing, s.mean_forcing)
         first = start(mean_forcing, forcing)
@@ -241,6 +255,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             change,
             excess,
             middle,
+            # of which the step before is to blame for a share
+            tree_map(lambda x: 2 * ratio / (1 + ratio) * x, bulge),
         )
         error = term.relative_error(step)
         unheld, unsolved = unheld_for(left, s.unheld, dt)
@@ -254,26 +270,13 @@ class ProjectedRKC(diffrax.AbstractSolver):
         failure = first_of(s.failure.at(t0), failure.at(t1))
         error = jnp.where(failure.failed, jnp.inf, error)
 
-        # The observables of X between the ends of steps. If they were zero before, or
-        # not known, they are zero up to the onset and constant thereafter. Elsewhere
-        # the constraint determines their means over steps better than their ends, which
-        # are extrapolated from these.
-        within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
-        y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
-        begins = (s.dt == 0) | term.begins(s.expansion)
-        last, mean_of_X = _of_X(y1), mean(_of_X(y1), s.mean_of_X)
-        first = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), last)
-        bulge = tree_map(
-            lambda a, b, m, before: jnp.where(usable(before), m - (a + b) / 2, 0),
-            first, last, mean_of_X, s.mean_of_X,
-        )  # fmt: skip
         y_error = eqx.tree_at(
             lambda y: [y.observables[k] for k in ("error", "approach", "work")],
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
         info = dict(
-            y0=eqx.tree_at(_of_X, y0, first),
+            y0=eqx.tree_at(_of_X, y0, first_of_X),
             y1=y1,
             rate0=rate0,
             rate1=rate1,

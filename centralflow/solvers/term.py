@@ -101,6 +101,7 @@ class Step(eqx.Module):
     correction: PyTree[Array]  # what the change of the forcing did to y1
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
     middle: Any  # what is known of the middle of a step of modes that ring
+    bulge: PyTree[Array]  # how far X's observables are from linear, in the mean
 
 
 class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):

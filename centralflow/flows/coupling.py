@@ -1,0 +1,74 @@
+"""What the critical eigenvectors lack once they have turned in a step."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..precision import full_precision
+
+# Where, over the critical sharpness, the eigenvalues are that no eigenvector is tracked
+# of, when it is about what the critical ones turned to.
+_BULK = 0.5
+
+_matmul = full_precision(jnp.matmul)
+
+
+class Coupling(eqx.Module):
+    """Of vectors U, the rows, that were eigenvectors of P^-1 H before a step and are
+    nearly so after it. Products with H are known of those that are `critical`.
+
+    - `hessian`: U H U' on the critical rows, and what it was before on the others.
+    - `values`: The eigenvalues of this, ascending.
+    - `excess`: By how much the largest eigenvalue of P^-1 H exceeds the largest of
+        these, as far as both are above the critical sharpness kappa.
+    - `lost`: How much lower it would be if the first 0, 1, 2, ... rows were not coupled
+        to the others.
+    """
+
+    hessian: Float[Array, "k k"]
+    values: Float[Array, " k"]
+    excess: Float[Array, ""]
+    lost: Float[Array, " k"]
+
+
+@full_precision
+def coupling(
+    U: Float[Array, "k n"],
+    images: Float[Array, "k n"],
+    P: Float[Array, ""] | Float[Array, " n"],
+    gram: Float[Array, "k k"],
+    sharpness: Float[Array, " k"],
+    critical: Bool[Array, " k"],
+    tracked: Bool[Array, " k"],
+    kappa: float | Float[Array, ""],
+) -> Coupling:
+    """`images` is U H, zero but in critical rows; `gram` is U P U', the identity but in
+    these; `sharpness` are the eigenvalues before the step.
+
+    What H does with critical eigenvectors across them, `rest`, adds to their
+    eigenvalues, to second order, rest (kappa P - H)^-1 rest'. Along the tracked
+    eigenvectors, the nearest ones, this is in the eigenvalues of the matrix of both.
+    Across them (kappa P - H)^-1 is taken for P^-1 / (kappa - kappa / 2): what is found
+    there is of many, most of them small, eigenvalues.
+    """
+    block = critical[:, None] & critical
+    hessian = _matmul(U, images.T)
+    hessian = jnp.where(block, (hessian + hessian.T) / 2, jnp.diag(sharpness))
+    # gram^-1/2 hessian gram^-1/2, whose eigenvalues are those of P^-1 H
+    g, Q = jnp.linalg.eigh(gram)
+    root = (Q / jnp.sqrt(g)) @ Q.T
+    inverse = jnp.where(block, (Q / g) @ Q.T, 0)
+    rest = images - _matmul(jnp.where(block, hessian, 0) @ inverse, P * U)
+    guards = tracked & ~critical
+    towards = jnp.where(guards, _matmul(rest, U.T), 0)
+    beyond = rest - _matmul(towards, P * U)
+    more = hessian + _matmul(beyond / P, beyond.T) / (kappa - _BULK * kappa)
+    others = jnp.diag(jnp.where(guards, sharpness, _BULK * kappa))
+    both = root @ jnp.where(block, more, others + towards + towards.T) @ root
+    first = jnp.arange(len(U)) < jnp.arange(len(U))[:, None]
+    apart = jnp.where(first[:, :, None] == first[:, None, :], both, 0)
+    values = jnp.linalg.eigvalsh(root @ hessian @ root)
+    above = lambda values: jnp.maximum(values[..., -1], kappa)
+    top = above(jnp.linalg.eigvalsh(both))
+    lost = top - above(jnp.linalg.eigvalsh(apart))
+    return Coupling(hessian, values, top - above(values), lost)
