@@ -65,7 +65,8 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     remainder = jnp.max(jnp.where(both, jnp.abs(after - step.linearized), 0))
     remainder = jnp.maximum(remainder, e.excess)
     # In steps of a few units a change of X is answered to exactly.
-    jump = norm(correction) / (distance + rest) * step.dt / (step.dt + 5)
+    long = step.dt / (step.dt + 5)
+    jump = norm(correction) / (distance + rest) * long
     change = jnp.max(moved)
     real = change / (change + 0.1 * term.rtol * kappa)  # not the eigenvectors' noise
     of_X = step.y1.observables["oscillating"]["loss"]
@@ -82,7 +83,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         jump=0.1 * jump * real,
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
-        oscillation=2 * jnp.abs(step.bulge["loss"]) * real / (loss + 5 * of_X),
+        oscillation=2 * jnp.abs(step.bulge["loss"]) * long * real / (loss + 5 * of_X),
         between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
