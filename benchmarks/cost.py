@@ -5,8 +5,8 @@
 Gradient descent at learning rate 0.2 on a network of 8,970 parameters and 1,000 digits,
 for more and more steps; then other optimizers and losses, and the fixed-step scheme.
 Both sides run in this process, compiled and warmed up, in turn; the ratio of their wall
-times is the median over the repetitions. (The longest run is made once.) Takes about
-ten minutes. Writes out/cost.png.
+times is the median over the repetitions. (The longest run is made once.) Takes from
+ten minutes to an hour, by machine. Writes out/cost.png.
 """
 
 import argparse
@@ -40,8 +40,7 @@ def measure(problem: Problem, steps: int, repeat: int, **options: Any) -> dict:
     report = cf.compare(run, flow)
     edge = 0.99 * float(flow.critical_sharpness)
     critical = np.sum(np.nan_to_num(np.asarray(flow.sharpness)) > edge, axis=1)
-    print(f"{problem.name}, {steps:,} steps: {ratios}", file=sys.stderr)
-    return dict(
+    measured = dict(
         problem=problem.name,
         steps=steps,
         wall=statistics.median(ratios),
@@ -55,6 +54,9 @@ def measure(problem: Problem, steps: int, repeat: int, **options: Any) -> dict:
         weight_distance=report.weight_distance,
         compilation=compilation,
     )
+    # What was measured is not lost if the rest is interrupted.
+    print(*row(measured), f"of {ratios}", sep=" | ", file=sys.stderr, flush=True)
+    return measured
 
 
 def row(m: dict) -> list[str]:

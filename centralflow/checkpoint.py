@@ -25,6 +25,7 @@ from .files import (
 from .objective import FlatObjective
 from .optimizers import AbstractOptimizer
 from .running import probe
+from .sharding import Processes, on_host
 
 # By default a run is written down every half minute, and less often if that would take
 # more than a twentieth of the time.
@@ -35,7 +36,7 @@ _SAME_LOSS = 1e-3
 
 class Checkpoint:
     """The file from which a run goes on after its process has ended. Without a path, it
-    does nothing."""
+    does nothing. Of several processes the first writes and all read."""
 
     path: Path | None
     every: int | None
@@ -46,6 +47,7 @@ class Checkpoint:
         path: str | os.PathLike | None,
         every: int | None,
         traced: bool,
+        processes: Processes,
         settings: Callable[[], dict[str, Any]],
     ):
         if every is not None:
@@ -69,14 +71,8 @@ class Checkpoint:
                     f"`checkpoint` is {os.fspath(path)!r}, but under `jax.jit` and "
                     "`jax.vmap` no file can be written: leave it out."
                 )
-            if jax.process_count() > 1:
-                raise ValueError(
-                    f"`checkpoint` is {os.fspath(path)!r}, but checkpoints of runs on "
-                    "several processes are not supported: leave it out, and save the "
-                    "trajectory at the end."
-                )
-            path = check_folder("checkpoint", path)
-        self.path, self.every = path, every
+            path = processes.attempt(lambda: check_folder("checkpoint", path))
+        self.path, self.every, self.processes = path, every, processes
         self.settings = {} if path is None else settings()
         self._next, self._time, self._cost = 0, -np.inf, 0.0
 
@@ -85,9 +81,17 @@ class Checkpoint:
         this very run."""
         if self.path is None:
             return None
-        remove_left_over(self.path)
-        if not self.path.exists():
-            return None
+        if self.processes.is_first:
+            remove_left_over(self.path)
+        exists = self.path.exists()
+        if not self.processes.agree(exists):
+            raise ValueError(
+                f"`checkpoint`: {str(self.path)!r} is there in some processes and not "
+                "in others. It must be on a file system that all of them share."
+            )
+        return self.processes.attempt(self._read) if exists else None
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         header, arrays = read_arrays("checkpoint", self.path, "checkpoint")
         found, wanted = header.get("settings", {}), self.settings
         names = [k for k in wanted | found if not _same(found.get(k), wanted.get(k))]
@@ -113,7 +117,7 @@ class Checkpoint:
             return False
         if self.every is None:
             wait = max(_SECONDS, self._cost / _SHARE)
-            return time.monotonic() - self._time > wait
+            return self.processes.first(time.monotonic() - self._time > wait)
         return step >= self._next
 
     def write(
@@ -126,7 +130,11 @@ class Checkpoint:
         for name, tree in trees.items():
             arrays |= by_path(name, tree)
         header = dict(settings=self.settings, step=step) | header
-        write_arrays(self.path, "checkpoint", header, arrays)
+        if self.processes.is_first:
+            write = lambda: write_arrays(self.path, "checkpoint", header, arrays)
+        else:
+            write = lambda: None
+        self.processes.attempt(write)
         self._next, self._time = self.stop(step), time.monotonic()
         self._cost = self._time - start
 
@@ -136,17 +144,16 @@ class Checkpoint:
         like: PyTree,
         arrays: dict[str, np.ndarray],
         shapes: bool = True,
-    ) -> PyTree[Array]:
+    ) -> PyTree[np.ndarray]:
         """The tree that was written under this name, of the structure and, with
         `shapes`, the shapes of `like`."""
         try:
-            tree = from_paths(name, like, arrays, shapes)
+            return from_paths(name, like, arrays, shapes)
         except ValueError as error:
             raise ValueError(
                 f"`checkpoint`: {str(self.path)!r} was written by another version of "
                 f"centralflow or of a package that it uses: of `{name}`, {error}"
             ) from error
-        return jax.tree.map(jnp.asarray, tree)
 
 
 def settings_of(
@@ -189,7 +196,7 @@ def _digest(tree: PyTree) -> str:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
             hashed.update(_plain((leaf.dtype, leaf.shape)))
-            hashed.update(np.asarray(leaf).tobytes())
+            hashed.update(on_host(leaf).tobytes())
         elif callable(leaf):
             hashed.update(
                 _plain(getattr(leaf, "__qualname__", type(leaf).__qualname__))

@@ -21,7 +21,7 @@ from .objective import FlatObjective
 from .optimizers import AbstractOptimizer
 from .results import RESULTS, name_of, result_of
 from .running import Clock, Pace
-from .sharding import is_first_process, on_host
+from .sharding import is_first_process, on_host, spread_like
 from .solvers import Pause, PausingController, PausingState
 
 _NO_LIMIT = 2**31 - 1  # steps
@@ -87,6 +87,7 @@ def integrate(
     saved = file.read()
     if saved is None:
         now, first = _begin(problem, *start, clock)
+        first = jax.tree.map(on_host, first)
     else:
         header, arrays = saved
         enlarged, paused = header["enlarged"], header["paused"]
@@ -96,7 +97,8 @@ def integrate(
         for _ in range(enlarged):
             problem = _enlarge(problem)
         now, first = _structure(problem, *start)
-        now = file.restore("now", now, arrays)
+        now = spread_like(weights, file.restore("now", now, arrays))
+        now = jax.tree.map(jnp.asarray, now)
         whole = file.restore("rows", first, arrays, shapes=False)
         first = jax.tree.map(lambda x: np.asarray(x)[:1].copy(), whole)
         rest = jax.tree.map(lambda x: np.asarray(x)[1:], whole)
@@ -118,7 +120,7 @@ def integrate(
 
     runs = lambda: paused or bool(failure.result == RESULTS.block_full)
     made = lambda: int(now.accepted + now.rejected)
-    pace, hidden = Pace(), not (show and is_first_process())
+    pace, hidden = Pace(file.processes), not (show and is_first_process())
     try:
         with tqdm(total=round(float(end)), disable=hidden, desc="predict") as bar:
             while runs():
@@ -160,7 +162,8 @@ def integrate(
                 if file.due(float(now.time)) or not runs():
                     save()
     except KeyboardInterrupt:
-        if now.accepted == 0:
+        # (Several processes are not interrupted at the same step.)
+        if now.accepted == 0 or file.processes.several:
             raise
         save()
         if runs():
@@ -168,7 +171,6 @@ def integrate(
             last = dict(t=now.time[None], weights=now.y.weights[None])
             snapshots = [*snapshots, last]
     # Not a single step may have been made.
-    first = jax.tree.map(on_host, first)
     return now, _join(series or [first[0]]), _join(snapshots or [first[1]]), failure
 
 

@@ -26,7 +26,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
-from .sharding import rows_like, sharded_like
+from .sharding import Processes, sharded_like, spread_like
 from .trajectory import Trajectory, finish
 
 
@@ -120,6 +120,7 @@ def predict(
         checkpoint,
         checkpoint_every,
         traced,
+        Processes((flat, weights, optimizer, optimizer_state)),
         lambda: settings_of(
             flat,
             weights,
@@ -175,7 +176,7 @@ def predict(
         oscillation=series.get("oscillation", unknown),
         metrics=series["metrics"],
         weight_times=snapshots["t"],
-        weights=rows_like(snapshots["weights"], now.y.weights),
+        weights=spread_like(now.y.weights, snapshots["weights"]),
         model=sharded_like(flat.model(now.y.weights), model),
         optimizer_state=jax.tree.map(
             lambda before, here: jnp.where(failure.failed, here, before),

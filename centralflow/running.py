@@ -16,7 +16,7 @@ from .checks import require_integer
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
 from .optimizers.base import check_schedule
-from .sharding import automatic, is_first_process, on_host
+from .sharding import Processes, automatic, is_first_process, on_host
 
 _CHUNK_SECONDS = 0.5
 
@@ -197,9 +197,8 @@ def check_metrics(
 
 
 def show_progress(progress: bool | None) -> bool:
-    """By default progress is shown where somebody may be looking at it. It changes the
-    programs that are run, and those of several processes must be the same."""
-    if progress is None and jax.process_count() == 1:
+    """By default progress is shown where somebody may be looking at it."""
+    if progress is None:
         return sys.stderr.isatty() or "ipykernel" in sys.modules
     return bool(progress)
 
@@ -252,16 +251,15 @@ class Pace:
     """How many steps to hand over to compiled code at once: as many as take about half
     a second, for that is how long an interrupt may have to wait."""
 
-    def __init__(self):
-        # Several processes must all run the same programs.
-        self.steps = 1 if jax.process_count() == 1 else 2**30
+    def __init__(self, processes: Processes):
+        self.steps, self._processes = 1, processes
 
     def learn(self, steps: int, seconds: float) -> None:
         """So many steps took so long."""
-        if jax.process_count() > 1:
-            return
         count = steps * _CHUNK_SECONDS / max(seconds, 1e-6)
-        self.steps = int(np.clip(count, 1, 16 * self.steps))
+        count = int(np.clip(count, 1, 16 * self.steps))
+        # Several processes must all run the same programs.
+        self.steps = self._processes.first(count)
 
 
 _last_compilation: list[float] = []

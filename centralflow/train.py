@@ -1,5 +1,6 @@
 """The discrete optimizer, run and recorded."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,7 +40,7 @@ from .running import (
     show_progress,
     warn_if_unconverged,
 )
-from .sharding import is_first_process, sharded_like
+from .sharding import Processes, is_first_process, sharded_like, spread_like
 from .trajectory import Trajectory, finish
 
 _RESIDUAL = 1e-2  # over the largest eigenvalue
@@ -125,10 +126,12 @@ def train(
         int(sharpness_count),
     )
     traced = is_traced((flat, weights, optimizer, optimizer_state))
+    processes = Processes((flat, weights, optimizer, optimizer_state))
     file = Checkpoint(
         checkpoint,
         checkpoint_every,
         traced,
+        processes,
         lambda: settings_of(
             flat,
             weights,
@@ -219,6 +222,17 @@ class _Settings(eqx.Module):
     count: int = eqx.field(static=True)
 
 
+# What of the state has vectors as long as the weights, and is spread as they are.
+_LONG = (
+    "weights",
+    "optimizer_state",
+    "previous",
+    "previous_state",
+    "kept",
+    "eigenvectors",
+)
+
+
 class _State(eqx.Module):
     step: Int[Array, ""]
     weights: Float[Array, " n"]
@@ -250,10 +264,13 @@ def _run(
 
     How they are divided into calls changes nothing: it is one program.
     """
-    saved, pace, end = file.read(), Pace(), settings.steps + 1
+    saved, pace, end = file.read(), Pace(file.processes), settings.steps + 1
     if saved is not None:
         header, arrays = saved
-        state = file.restore("state", state, arrays)
+        restored = file.restore("state", state, arrays)
+        fields = {x.name: getattr(restored, x.name) for x in dataclasses.fields(_State)}
+        fields |= spread_like(state.weights, {name: fields[name] for name in _LONG})
+        state = _State(**jax.tree.map(jnp.asarray, fields))
         clock.add(header)
     runs = lambda state: int(state.step) < end and not bool(state.failure.failed)
     save = lambda step: file.write(step, clock.header(), dict(state=state))
@@ -270,7 +287,8 @@ def _run(
                 if file.due(step) or not runs(state):
                     save(step)
     except KeyboardInterrupt:
-        if int(state.step) == 0:
+        # (Several processes are not interrupted at the same step.)
+        if int(state.step) == 0 or file.processes.several:
             raise
         save(int(state.step))
         return state, runs(state)

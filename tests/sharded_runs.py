@@ -12,18 +12,51 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import centralflow as cf
+from centralflow.checkpoint import Checkpoint
 
 from .problems import tiny_loss, tiny_network
 
 RATE = 0.584
 
 
-def trajectories(names, *problem):
+class Stopped(Exception):
+    """Stands for the end of all processes."""
+
+
+def stop_after(checkpoints):
+    """Stop after so many files were written; all processes do at once."""
+    write, written = Checkpoint.write, 0
+
+    def counted(self, *arguments):
+        nonlocal written
+        write(self, *arguments)
+        written += 1
+        if written == checkpoints:
+            Checkpoint.write = write
+            raise Stopped
+
+    Checkpoint.write = counted
+
+
+def trajectories(names, *problem, folder=None):
+    """Without a folder, each in one piece; else from a checkpoint in it."""
     make = dict(
-        run=lambda: cf.train(*problem, 60, sharpness_every=20),
-        flow=lambda: cf.predict(*problem, 60),
+        run=lambda **file: cf.train(*problem, 60, sharpness_every=20, **file),
+        flow=lambda **file: cf.predict(*problem, 60, **file),
     )
-    return {name: make[name]() for name in names.split(",")}
+    made = {}
+    for name in names.split(","):
+        file = {}
+        if folder is not None:
+            file = dict(checkpoint=folder / f"{name}.ckpt", checkpoint_every=7)
+            stop_after(3)
+            try:
+                make[name](**file)
+                raise AssertionError("it was not stopped")
+            except Stopped:
+                pass
+        made[name] = make[name](**file)
+    return made
 
 
 def sharded(model, data):
@@ -42,6 +75,7 @@ def sharded(model, data):
 
 
 def main(folder, names, address=None, process=None):
+    folder = Path(folder)
     if address is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, 2, int(process))
@@ -49,15 +83,15 @@ def main(folder, names, address=None, process=None):
     objective = cf.Objective(tiny_loss, data)
     optimizer = cf.GradientDescent(RATE)
     for name, one in trajectories(names, objective, model, optimizer).items():
-        one.save(Path(folder) / f"{name}-one.npz")
+        one.save(folder / f"{name}-one.npz")
     model, data = sharded(model, data)
     objective = cf.Objective(tiny_loss, data, microbatch_size=16)
-    spread = trajectories(names, objective, model, optimizer)
+    spread = trajectories(names, objective, model, optimizer, folder=folder)
     for name, many in spread.items():
         assert not many.weights.sharding.is_fully_replicated
         for key, value in many.model.items():
             assert value.sharding.spec == model[key].sharding.spec, key
-        many.save(Path(folder) / f"{name}-many.npz")
+        many.save(folder / f"{name}-many.npz")
     if "flow" in spread:
         assert cf.compare(spread["run"], spread["flow"]).weight_distance < 1
 

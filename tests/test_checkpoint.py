@@ -18,6 +18,7 @@ import pytest
 
 import centralflow as cf
 from centralflow import checkpoint, integrate, running
+from centralflow.sharding import Processes
 
 from .problems import tiny_loss, tiny_network
 
@@ -335,7 +336,10 @@ def test_by_default_it_is_written_now_and_then(monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint, "write_arrays", slow)
     for cost, wait in ((0.1, 30.0), (10.0, 200.0)):
-        now, file = 0.0, checkpoint.Checkpoint(tmp_path / "x", None, False, dict)
+        now, file = (
+            0.0,
+            checkpoint.Checkpoint(tmp_path / "x", None, False, Processes(()), dict),
+        )
         assert file.due(0)
         file.write(0, {}, {})
         now = cost + wait
@@ -444,6 +448,22 @@ def test_the_central_flow_goes_on_to_the_same_numbers(flow, tmp_path, monkeypatc
     assert_same(again, whole)
     if flow.block_size == 3:
         assert whole.sharpness.shape[1] > 3
+
+
+def test_what_another_process_says(tmp_path, monkeypatch):
+    """In place of another process, here alone (`test_sharding.py` has two real ones):
+    that it sees no file, and that it could not write."""
+    path = tmp_path / "run.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "agree", lambda self, x: False)
+        with pytest.raises(ValueError, match=r"`checkpoint`: .* in some processes"):
+            run(cf.train, checkpoint=path)
+    assert not path.exists()
+    run(cf.train, checkpoint=path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "_all", lambda self, x: np.array([x, not x]))
+        with pytest.raises(RuntimeError, match="Another of the processes failed"):
+            run(cf.train, checkpoint=path)
 
 
 SCRIPT = """

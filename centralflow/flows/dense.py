@@ -66,6 +66,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             linear.observables["oscillating"],
             self.bulge,
         )
+        variances = jnp.maximum(oscillating["oscillation"], 0)
+        oscillating = oscillating | dict(oscillation=variances)
         observables = {
             **linear.observables,
             "smooth": smooth,
@@ -76,9 +78,12 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     def _permitted(self) -> Float[Array, ""]:
         """The share of the bulge with which no variance becomes negative:
         (1 - x) a + x b - x (1 - x) d >= 0 in the step for d <= (sqrt a + sqrt b)^2.
-        One for all observables, which then are those of one covariance."""
+        One for all observables, which then are those of one covariance. Variances below
+        the root of the precision, next to the largest, are rounding: they have no say
+        in it, and where they become negative they are zero."""
         a, b = (y.observables["oscillating"]["oscillation"] for y in (self.y0, self.y1))
         most = (jnp.sqrt(a) + jnp.sqrt(b)) ** 2
+        most = most + jnp.sqrt(jnp.finfo(most.dtype).eps) * jnp.max(most)
         d = -6 * self.bulge["oscillation"]
         return jnp.min(jnp.where(d > most, most / jnp.where(d > 0, d, 1), 1))
 
