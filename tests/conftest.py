@@ -1,17 +1,4 @@
-"""Shared set-up: shapes and types are checked at run time in every test, and a program
-is compiled once for all tests, workers and processes that need it."""
-
-import os
-import shutil
-import tempfile
-
-# Before the packages that read them are imported. (JAX keeps no program that calls back
-# to Python, as Equinox's checks of what Diffrax is given do unless they say NaN.)
-os.environ.setdefault("EQX_ON_ERROR", "nan")
-_programs = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _programs = tempfile.mkdtemp(prefix="centralflow-programs-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+"""Shared set-up: shapes and types are checked at run time in every test."""
 
 import equinox as eqx
 import jax
@@ -20,11 +7,6 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("centralflow", "beartype.beartype").__enter__()
-
-
-def pytest_unconfigure():
-    if _programs is not None:  # the workers' are those of the process that made them
-        shutil.rmtree(_programs, ignore_errors=True)
 
 
 @pytest.fixture

@@ -508,7 +508,10 @@ def test_killed_again_and_again(function, steps, every, kills, tmp_path):
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    environment = dict(PYTHONPATH=paths, JAX_COMPILATION_CACHE_DIR=cache)
+    # (JAX keeps no program that can raise an error from within.)
+    environment = dict(
+        PYTHONPATH=paths, JAX_COMPILATION_CACHE_DIR=cache, EQX_ON_ERROR="nan"
+    )
     options = dict(cwd=root, env=os.environ | environment)
     folder = tmp_path / "run"
     folder.mkdir()
