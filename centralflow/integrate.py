@@ -100,8 +100,8 @@ def integrate(
         now = spread_like(weights, file.restore("now", now, arrays))
         now = jax.tree.map(jnp.asarray, now)
         whole = file.restore("rows", first, arrays, shapes=False)
-        first = jax.tree.map(lambda x: np.asarray(x)[:1].copy(), whole)
-        rest = jax.tree.map(lambda x: np.asarray(x)[1:], whole)
+        first = jax.tree.map(lambda x: x[:1].copy(), whole)
+        rest = jax.tree.map(lambda x: x[1:], whole)
         series, snapshots = map(_saved, rest)
         del saved, arrays, whole, rest  # as large as all that is integrated
 

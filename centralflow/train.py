@@ -126,12 +126,11 @@ def train(
         int(sharpness_count),
     )
     traced = is_traced((flat, weights, optimizer, optimizer_state))
-    processes = Processes((flat, weights, optimizer, optimizer_state))
     file = Checkpoint(
         checkpoint,
         checkpoint_every,
         traced,
-        processes,
+        Processes((flat, weights, optimizer, optimizer_state)),
         lambda: settings_of(
             flat,
             weights,

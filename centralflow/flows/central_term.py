@@ -1,4 +1,4 @@
-"""The equation of the central flow.
+"""The equation of the central flow, and what long steps need of it.
 
 Notation, as in the literature: w weights, s optimizer state, P(s) preconditioner,
 g = grad L, H = Hessian, kappa = critical sharpness; the rows u_i of U are the top

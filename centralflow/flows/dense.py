@@ -78,14 +78,15 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     def _permitted(self) -> Float[Array, ""]:
         """The share of the bulge with which no variance becomes negative:
         (1 - x) a + x b - x (1 - x) d >= 0 in the step for d <= (sqrt a + sqrt b)^2.
-        One for all observables, which then are those of one covariance. Variances below
-        the root of the precision, next to the largest, are rounding: they have no say
-        in it, and where they become negative they are zero."""
+        One for all observables, which then are those of one covariance. A bulge below
+        the root of the precision, next to the largest variance, is rounding, and has no
+        say in it: a variance that it makes negative is zero."""
         a, b = (y.observables["oscillating"]["oscillation"] for y in (self.y0, self.y1))
         most = (jnp.sqrt(a) + jnp.sqrt(b)) ** 2
-        most = most + jnp.sqrt(jnp.finfo(most.dtype).eps) * jnp.max(most)
         d = -6 * self.bulge["oscillation"]
-        return jnp.min(jnp.where(d > most, most / jnp.where(d > 0, d, 1), 1))
+        rounding = jnp.sqrt(jnp.finfo(d.dtype).eps) * jnp.max(most)
+        too_much = (d > most) & (d > rounding)
+        return jnp.min(jnp.where(too_much, most / jnp.where(too_much, d, 1), 1))
 
     def _scaled(self, x, before, y0, y1, slope0=None, slope1=None):
         """A cubic on a logarithmic scale, if that exists."""
