@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	XLA_FLAGS= $(BIN)/python -m pytest -m 'slow or not slow'
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

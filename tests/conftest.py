@@ -1,10 +1,20 @@
 """Shared set-up: shapes and types are checked at run time in every test."""
 
+import os
+
 import equinox as eqx
 import jax
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+
+# The problems are small: most of the time is compilation, and half of that is
+# optimization for CPUs, which `make test-all` leaves as users have it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
+)
 
 install_import_hook("centralflow", "beartype.beartype").__enter__()
 

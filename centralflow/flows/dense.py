@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,6 +34,7 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     onset: Any
     bulge: Any
 
+    @eqx.filter_jit  # traced once for all that is saved
     def evaluate(self, t0, t1=None, left: bool = True) -> FlowState:
         del left
         if t1 is not None:

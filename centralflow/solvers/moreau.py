@@ -68,6 +68,7 @@ class Moreau(diffrax.AbstractSolver):
     def init(self, terms, t0, t1, y0, args) -> _State:
         return self.start(terms.term, y0, t1 - t0, None)[1]
 
+    @eqx.filter_jit  # Diffrax traces a step four times: this, once
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del args, made_jump
         term, dt = terms.term, t1 - t0
