@@ -68,8 +68,10 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     long = step.dt / (step.dt + 5)
     jump = norm(correction) / (distance + rest) * long
     change = jnp.max(moved)
-    real = change / (change + 0.1 * term.rtol * kappa)  # not the eigenvectors' noise
+    # An X that moves with less of a change of the constraint is eigenvectors' noise.
+    beyond_noise = lambda share: change / (change + share * term.rtol * kappa)
     of_X = step.y1.observables["oscillating"]["loss"]
+    bulge = jnp.abs(step.bulge["loss"]) / (loss + 5 * of_X)
     between = jnp.zeros_like(jump)
     if term.rings:
         of_loss = lambda rate: rate.observables["smooth"]["loss"]
@@ -80,10 +82,10 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         path=0.05 * norm(defect) / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
         correction=jnp.abs(gradient @ correction) / loss,
-        jump=0.1 * jump * real,
+        jump=0.1 * jump * beyond_noise(0.1),
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
-        oscillation=2 * jnp.abs(step.bulge["loss"]) * long * real / (loss + 5 * of_X),
+        oscillation=2 * bulge * long * beyond_noise(2e-3),
         between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
