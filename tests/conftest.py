@@ -10,11 +10,11 @@ from jaxtyping import install_import_hook
 
 # The problems are small: most of the time is compilation, and half of that is
 # optimization for CPUs, which `make test-all` leaves as users have it.
-os.environ.setdefault(
-    "XLA_FLAGS",
+UNOPTIMIZED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_use_fusion_emitters=false"
 )
+os.environ.setdefault("XLA_FLAGS", UNOPTIMIZED)
 
 install_import_hook("centralflow", "beartype.beartype").__enter__()
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import centralflow as cf
 from centralflow.checkpoint import Checkpoint
+from centralflow.sharding import on_host, spread_like
 
 from .problems import tiny_loss, tiny_network
 
@@ -74,6 +75,15 @@ def sharded(model, data):
     return model, jax.tree.map(examples, data)
 
 
+def check_gaps(vector):
+    """What is read from a file and spread may hold NaN: rows that were not reached."""
+    numbers = np.arange(vector.size, dtype=vector.dtype)
+    rows = np.stack([numbers, np.nan * numbers])
+    spread = spread_like(vector, rows)
+    assert not spread.is_fully_replicated
+    np.testing.assert_array_equal(on_host(spread), rows)
+
+
 def main(folder, names, address=None, process=None):
     folder = Path(folder)
     if address is not None:
@@ -84,7 +94,13 @@ def main(folder, names, address=None, process=None):
     optimizer = cf.GradientDescent(RATE)
     for name, one in trajectories(names, objective, model, optimizer).items():
         one.save(folder / f"{name}-one.npz")
+    if process == "1":  # alone: with arrays of its own it waits for nobody
+        alone = folder / "alone"
+        alone.mkdir()
+        (run,) = trajectories("run", objective, model, optimizer, folder=alone).values()
+        assert run.times[-1] == 60
     model, data = sharded(model, data)
+    check_gaps(model["b"])
     objective = cf.Objective(tiny_loss, data, microbatch_size=16)
     spread = trajectories(names, objective, model, optimizer, folder=folder)
     for name, many in spread.items():

@@ -12,13 +12,15 @@ import pytest
 
 import centralflow as cf
 
+from .conftest import UNOPTIMIZED
+
 
 def _run(folder, names, devices, *others):
     """`tests.sharded_runs` with so many CPU devices, in one process for each of
     `others`, or in one."""
     environment = dict(
         os.environ,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=f"{UNOPTIMIZED} --xla_force_host_platform_device_count={devices}",
         JAX_PLATFORMS="cpu",
         JAX_ENABLE_X64="1",
     )
