@@ -20,6 +20,7 @@ from .base import AbstractFlow, FlowState, Work
 from .central_term import GUARDS, CentralTerm
 from .dense import StepInterpolation
 from .response import state_decay
+from .stiff_central_term import StiffCentralTerm
 
 # Fixed steps: an eigenvalue is taken for one that may become critical within a step
 # unless it would have to rise by more than this share of the critical sharpness per
@@ -131,7 +132,7 @@ class CentralFlow(AbstractFlow):
             margin = _MAX_RISE * self.renew_every / self.substeps
         elif eigen_tolerance is None:
             eigen_tolerance = 0.2 * jnp.sqrt(rtol)
-        return CentralTerm(
+        equation = (
             objective,
             optimizer,
             metrics,
@@ -140,8 +141,10 @@ class CentralFlow(AbstractFlow):
             eigen_tolerance,
             self.renew_every,
             margin,
-            jnp.asarray(jnp.nan) if rtol is None else rtol,
         )
+        if self.substeps is not None:
+            return CentralTerm(*equation)
+        return StiffCentralTerm(*equation, rtol)
 
     def solver(self) -> diffrax.AbstractSolver:
         if self.substeps is None:

@@ -15,9 +15,8 @@ _OWN = 0.25
 
 @full_precision
 def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
-    """The errors of a step of [`centralflow.flows.central_term.CentralTerm`][]: all
-    relative, and weighted such that each, kept at 1e-2, leaves an error of the order of
-    1e-2 in the loss, or less.
+    """The errors of a long step of the central flow: all relative, and weighted such
+    that each, kept at 1e-2, leaves an error of the order of 1e-2 in the loss, or less.
 
     - `path`: the defect of the Runge-Kutta step, over the length of the path, in the
         norm of P.

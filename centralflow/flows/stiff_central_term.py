@@ -1,0 +1,217 @@
+"""What long steps need of the central flow.
+
+Notation as in `central_term.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..failures import largest
+from ..precision import full_precision
+from ..solvers import AbstractStiffComplementarityTerm, Step
+from .base import FlowState, Work
+from .central_term import CentralTerm
+from .coupling import coupling
+from .dense import crossing
+from .expansion import Expansion, Forcing, Slope
+from .leapfrog import RingingResponse, leapfrog
+from .response import Response, damped, relaxed_state, responder, state_decay
+from .step_error import approach, errors
+from .stiff_modes import StiffModes, none_known
+
+# By how much slowed modes may be faster than they should, for having turned in a step.
+_TURNED = 1.3
+# An eigenvector counts as critical if leaving it out would let the sharpness exceed the
+# critical one by this share of the tolerance. (What it adds grows with the fourth power
+# of the step: twice as long, and it is a third.)
+_COUPLED = 0.02
+
+_matmul = full_precision(jnp.matmul)
+
+
+class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
+    """The central flow, for steps of many times what its fastest modes need."""
+
+    rtol: Float[Array, ""]
+
+    @full_precision
+    def reach(
+        self,
+        y: FlowState,
+        rate: FlowState,
+        e: Expansion,
+        stiff: StiffModes,
+        dt: Float[Array, ""],
+    ) -> Float[Array, ""]:
+        # P may fall in the step, the decay of the learning rate or of nu permitting.
+        U = e.eigenvectors
+        seen = (jnp.arange(self.block_size) < e.tracked) & (e.sharpness > 0)
+
+        slowness = stiff.slowness(e.sharpness, dt)
+        sharpness = e.sharpness * jnp.minimum(_TURNED * slowness, 1)
+
+        squares = U * U
+
+        def largest(share):
+            state = relaxed_state(self.optimizer, y, rate, share * dt)
+            P = self.optimizer.preconditioner(state)
+            norms = squares @ P if P.ndim else P * jnp.sum(squares, axis=1)
+            return jnp.max(jnp.where(seen, sharpness / norms, 0))
+
+        shares = jnp.linspace(0, 1, 17, dtype=dt.dtype)
+        rates = [0.1 * self.optimizer.critical_sharpness]  # at least
+        rates.append(jnp.max(jax.lax.map(largest, shares)))
+        for decay in jax.tree.leaves(state_decay(self.optimizer, y)):
+            rates.append(jnp.max(jnp.abs(decay)))
+        # H changes in the step, too.
+        return 1.1 * dt * jnp.max(jnp.stack([jnp.asarray(r, dt.dtype) for r in rates]))
+
+    def expand_ahead(
+        self, y: FlowState, previous: Any, before: Any, ratio: Any
+    ) -> Expansion:
+        if previous is None:
+            return self.spectrum(y, None, self.block_size, min(3, self.block_size))
+        start = previous.eigenvectors
+        if start.shape[0] == self.block_size:
+            # What of U the step before changed, once more.
+            P = self.optimizer.preconditioner(y.optimizer_state)
+            old = before.eigenvectors * jnp.sqrt(P)
+            norm = jnp.linalg.norm(old, axis=1, keepdims=True)
+            old = jnp.where(norm > 0, old / jnp.where(norm > 0, norm, 1), 0)
+            V = start * jnp.sqrt(P)
+            change = V - _matmul(_matmul(V, old.T), old)
+            start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
+        count, wanted = self.followed(previous)
+        count = jnp.minimum(count + previous.affordable, self.block_size)
+        close = self.count_critical(previous.sharpness)
+        close = jnp.minimum(jnp.minimum(close, self.room(y)), count)
+        wanted = jnp.maximum(wanted, close)
+        e = self.spectrum(y, previous, count, wanted, start=start)
+        # What was at the edge, or close, may be predicted far below it, for being held
+        # too much: once that is corrected it is back, and may be beyond. Without
+        # oscillations and below the edge there is nothing to solve for.
+        critical = jnp.maximum(jnp.maximum(e.critical, previous.held), close)
+        critical = jnp.maximum(critical, jnp.minimum(previous.coupled, self.room(y)))
+        critical = jnp.minimum(critical, e.tracked)
+        below = e.sharpness[0] < self.optimizer.critical_sharpness
+        critical = jnp.where(below & (previous.held == 0), 0, critical)
+        e = dataclasses.replace(e, critical=critical)
+        forces, work = self.third_derivatives(y, e), Work(third_derivatives=e.pairs)
+        return dataclasses.replace(e, forces=forces, work=e.work + work)
+
+    def no_stiff_modes(self, y: FlowState) -> StiffModes:
+        return none_known(y.weights.size, y.weights.dtype)
+
+    def slowed(
+        self,
+        y: FlowState,
+        slope: Slope,
+        rate: FlowState,
+        stiff: StiffModes,
+        dt: Float[Array, ""],
+    ) -> FlowState:
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        weights = stiff.slowed(rate.weights, P, dt)
+        rate = FlowState(weights, rate.optimizer_state, rate.observables)
+        if rate.observables:
+            rate.observables["smooth"]["loss"] = slope.gradient @ weights
+        return rate
+
+    def responder(
+        self, y: FlowState, e: Expansion, dt: Float[Array, ""]
+    ) -> tuple[Callable, StiffModes, Expansion]:
+        active = jnp.arange(self.block_size) < e.critical
+        force = self.forcing(y, e, jnp.diag(active.astype(dt.dtype))).gradient
+        kind = RingingResponse if self.rings else Response
+        finite = jnp.isfinite(largest((y.weights, e.sharpness, force)))
+        response, stiff, e = responder(
+            self.objective, self.optimizer, y, e, force, dt, kind
+        )
+        return response, stiff, _doubted(e, finite, response.space.nodes)
+
+    @property
+    def rings(self) -> bool:
+        return self.optimizer.has_memory
+
+    def ring(
+        self, y: FlowState, slope: Slope, forcing: Forcing, dt: Float[Array, ""]
+    ) -> tuple[FlowState, FlowState, Int[Array, ""], Float[Array, ""]]:
+        return leapfrog(self, y, slope, forcing, dt)
+
+    def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
+        P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
+        active = jnp.arange(self.block_size) < e.critical
+        block = active[:, None] & active
+        images = self.objective.hvps(y.weights, U, e.critical)
+        gram = jnp.where(block, _matmul(U * P, U.T), e.gram)
+        tracked = jnp.arange(self.block_size) < e.tracked
+        kappa = self.optimizer.critical_sharpness
+        now = coupling(U, images, P, gram, e.sharpness, active, tracked, kappa)
+        variances = jnp.linalg.eigvalsh(X)
+        held = jnp.sum(variances > 1e-3 * jnp.max(variances), dtype=jnp.int32)
+        enough = now.lost < _COUPLED * self.rtol * kappa
+        enough &= jnp.arange(self.block_size) >= held
+        work = Work(
+            gradients=stages,  # one less in the step, and one at its end
+            hvps=e.critical,
+            unconverged=(~converged).astype(jnp.int32),
+        )
+        return dataclasses.replace(
+            e,
+            slope=self.slope(y),
+            sharpness=now.values[::-1],
+            hessian=now.hessian,
+            gram=gram,
+            forces=e.forces[:0],
+            held=held,
+            excess=now.excess,
+            coupled=jnp.argmax(enough).astype(jnp.int32),
+            work=e.work + work,
+        )
+
+    def begins(self, before: Expansion) -> Bool[Array, ""]:
+        return before.held == 0
+
+    def settled(
+        self, before: Expansion, after: Expansion, onset: Float[Array, ""]
+    ) -> Bool[Array, ""]:
+        return (after.held > 0) & ((before.held == after.held) | (onset > 0))
+
+    def onset(
+        self, before: Expansion, start: Expansion, predicted: Expansion, ratio: Any
+    ) -> Float[Array, ""]:
+        sharpness = (e.sharpness[0] for e in (before, start, predicted))
+        share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
+        return jnp.where(start.held == 0, jnp.minimum(share, 0.9), 0)
+
+    def damped(
+        self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]
+    ) -> tuple[FlowState, Expansion]:
+        weights, count = damped(
+            self.objective, self.optimizer, y, e, defect.weights, dt
+        )
+        e = _doubted(e, jnp.isfinite(largest((y.weights, defect.weights))), weights)
+        defect = FlowState(weights, defect.optimizer_state, defect.observables)
+        return defect, dataclasses.replace(e, work=e.work + Work(hvps=count))
+
+    @full_precision
+    def distance(self, y0: FlowState, y1: FlowState) -> Float[Array, ""]:
+        P = self.optimizer.preconditioner(y1.optimizer_state)
+        return jnp.sqrt(jnp.sum(P * (y1.weights - y0.weights) ** 2))
+
+    def relative_error(self, step: Step) -> Float[Array, ""]:
+        return jnp.max(jnp.stack(list(errors(self, step).values())))
+
+    def approach(self, step: Step) -> Float[Array, "2 k"]:
+        return approach(self, step)
+
+
+def _doubted(e: Expansion, finite: Bool[Array, ""], products: Array) -> Expansion:
+    """What the Hessian made not finite, of something `finite`, makes e so."""
+    bad = finite & ~jnp.isfinite(largest(products))
+    return dataclasses.replace(e, sharpness=jnp.where(bad, jnp.nan, e.sharpness))
