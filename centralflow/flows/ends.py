@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
 from .base import AbstractFlow, FlowState
-from .stable import StableFlow
+from .stable import StableFlow, adaptive
 
 
 class Oscillation(eqx.Module):
@@ -187,7 +187,8 @@ class AbstractEndsFlow(AbstractFlow):
     def stepsize(
         self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        return _STABLE.stepsize(rtol)
+        # The ends may be much nearer to the centre than the tolerance.
+        return adaptive(rtol, 1e-3 * rtol), 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         if previous is not None and y.oscillation is None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..objective import FlatObjective
@@ -43,10 +43,9 @@ class StableFlow(AbstractFlow):
     def stepsize(
         self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        controller = diffrax.PIDController(
-            rtol, 1e-3 * rtol, norm=_norm, dtmin=1e-5, force_dtmin=False
-        )
-        return controller, 0.5
+        # Relative to each number itself: second moments, of 1e-6 and less, count as the
+        # weights do. What is added serves those that are and stay zero.
+        return adaptive(rtol, 1e-20 * rtol), 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         if y.oscillation is not None:
@@ -81,10 +80,19 @@ class StableFlow(AbstractFlow):
         return Work(gradients=6 * solution.stats["num_steps"] + 2 + reports)
 
 
-def _norm(error: PyTree[Array]) -> Float[Array, ""]:
-    # A step whose error is NaN is too long.
-    norm = jnp.sqrt(jnp.mean(ravel_pytree(error)[0] ** 2))
-    return jnp.where(jnp.isnan(norm), jnp.inf, norm)
+def adaptive(
+    rtol: Float[Array, ""], atol: Float[Array, ""]
+) -> diffrax.AbstractStepSizeController:
+    """The error of a step is the largest of those of weights and state, each as a root
+    mean square: the one second moment of Scalar RMSProp counts as all weights do."""
+
+    def norm(error):
+        leaves = jax.tree.leaves(error)
+        squares = jnp.stack([jnp.mean(x**2) for x in leaves])
+        largest = jnp.sqrt(jnp.max(squares))
+        return jnp.where(jnp.isnan(largest), jnp.inf, largest)  # the step is too long
+
+    return diffrax.PIDController(rtol, atol, norm=norm, dtmin=1e-5, force_dtmin=False)
 
 
 class _StableField(eqx.Module):
