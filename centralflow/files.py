@@ -33,6 +33,10 @@ def check_folder(name: str, path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`{name}`: there is no folder {str(path.parent)!r}.")
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"`{name}`: {str(path)!r} is a folder; give the path of a file in it."
+        )
     return path
 
 

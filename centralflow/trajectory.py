@@ -126,10 +126,6 @@ class Trajectory(eqx.Module):
         is one; `ValueError` for a batch.
         """
         path = check_folder("path", as_path(path))
-        if path.is_dir():
-            raise IsADirectoryError(
-                f"`path`: {str(path)!r} is a folder; give the path of a file in it."
-            )
         check_single("trajectory", self)
         arrays = {
             name: on_host(getattr(self, name))

@@ -292,6 +292,7 @@ def test_other_files_are_refused_and_nothing_in_them_runs(files, kind, tmp_path)
     [
         (dict(checkpoint=3), ValueError, "`checkpoint`.*3"),
         (dict(checkpoint="a/b"), FileNotFoundError, "`checkpoint`.*'a'"),
+        (dict(checkpoint="."), IsADirectoryError, "`checkpoint`.* is a folder"),
         (dict(checkpoint_every=3), ValueError, "`checkpoint_every` is 3.*`checkpoint`"),
         (dict(checkpoint="a", checkpoint_every=0), ValueError, "`checkpoint_every`"),
         (dict(checkpoint="a", checkpoint_every=2.5), ValueError, "`checkpoint_every`"),

@@ -154,7 +154,9 @@ def checked_learning_rate(learning_rate) -> Float[Array, ""] | Schedule:
         "learning_rate", learning_rate, "a number or a schedule `step -> rate`"
     )
     if not is_traced(value) and not 0 < float(value) < float("inf"):
-        raise ValueError(f"`learning_rate` must be positive and finite, got {value}.")
+        raise ValueError(
+            f"`learning_rate` must be positive and finite, got {learning_rate}."
+        )
     return value
 
 
