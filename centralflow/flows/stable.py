@@ -43,9 +43,7 @@ class StableFlow(AbstractFlow):
     def stepsize(
         self, rtol: Float[Array, ""] | None
     ) -> tuple[diffrax.AbstractStepSizeController, Any]:
-        # Relative to each number itself: second moments, of 1e-6 and less, count as the
-        # weights do. What is added serves those that are and stay zero.
-        return adaptive(rtol, 1e-20 * rtol), 0.5
+        return _SecondMomentsByThemselves(adaptive(rtol, 1e-3 * rtol)), 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         if y.oscillation is not None:
@@ -78,6 +76,28 @@ class StableFlow(AbstractFlow):
         # Tsit5 has seven stages, the first of which is the last of the step before. One
         # more report is of the start.
         return Work(gradients=6 * solution.stats["num_steps"] + 2 + reports)
+
+
+class _SecondMomentsByThemselves(diffrax.AbstractStepSizeController):
+    """Wraps a step-size controller, so that its absolute tolerance is nothing to arrays
+    without a negative number. They are second moments, of 1e-6 and less, and count as
+    the weights do. A momentum crosses zero, where its relative error is rounding."""
+
+    controller: diffrax.AbstractStepSizeController
+
+    def wrap(self, direction):
+        return _SecondMomentsByThemselves(self.controller.wrap(direction))
+
+    def init(self, *args):
+        return self.controller.init(*args)
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, *rest):
+        scale = lambda x: jnp.where(jnp.all(x >= 0), jnp.asarray(1e-17, x.dtype), 1)
+        scales = jax.tree.map(scale, y0)
+        y0, y1, y_error = (
+            jax.tree.map(jnp.divide, y, scales) for y in (y0, y1_candidate, y_error)
+        )
+        return self.controller.adapt_step_size(t0, t1, y0, y1, args, y_error, *rest)
 
 
 def adaptive(
