@@ -52,3 +52,13 @@ def test_small_second_moments_count_in_full(method, rate, tolerances, scale):
     )  # fmt: skip
     losses = jax.vmap(loss)(exact.y.T[:, :n])
     np.testing.assert_allclose(flow.loss, losses, rtol=tolerances * RTOL)
+
+
+def test_small_tolerances_with_a_momentum_in_single_precision():
+    """A momentum crosses zero, where an error relative to it is one of rounding: with
+    errors relative to all numbers, 5,000 steps and more."""
+    model, data = tiny_network(jnp.float32)
+    cf.predict(
+        cf.Objective(tiny_loss, data), model, cf.Adam(0.01, 0.9, 0.99), 400,
+        flow=cf.StableFlow(), rtol=1e-5, max_steps=1000,
+    )  # fmt: skip
