@@ -11,7 +11,7 @@ from centralflow.flows.dense import StepInterpolation, crossing
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def _step(a, b, bulge):
+def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
     """A step in which only the oscillation changes, of two variances and their sum."""
 
     def state(variances):
@@ -26,13 +26,15 @@ def _step(a, b, bulge):
         )
 
     of = lambda v: dict(oscillation=v, trace_covariance=jnp.sum(v))
-    a, b, bulge = map(jnp.asarray, (a, b, bulge))
+    a, b, bulge, earlier = map(jnp.asarray, (a, b, bulge, earlier))
+    ratio, onset, until = map(jnp.asarray, (0.0, onset, until))
     y0, y1 = state(a), state(b)
     rest = jax.tree.map(jnp.zeros_like, y0)
     t0, t1 = jnp.asarray(10.0), jnp.asarray(30.0)
     return StepInterpolation(
-        t0, t1, y0, y1, rest, rest, y0, jnp.asarray(0.0), jnp.asarray(0.0), of(bulge)
-    )
+        t0, t1, y0, y1, rest, rest, y0,
+        ratio, of(earlier), onset, until, of(bulge),
+    )  # fmt: skip
 
 
 def _oscillating(step, points=2001):
@@ -48,6 +50,21 @@ def test_the_mean_exceeds_that_of_the_ends_by_the_bulge():
     mean = np.trapezoid(variances, axis=0) / (len(variances) - 1)
     # The rule's error is that of a second derivative of 12 * bulge.
     np.testing.assert_allclose(mean, (a + b) / 2 + bulge, rtol=1e-6)
+
+
+def test_until_the_onset_it_is_as_before():
+    level = np.array([3.0, 2.0])
+    step = _step(level, level, [0.0, 0.0], earlier=[4.0, 0.0], onset=0.25)
+    variances = _oscillating(step, 41)["oscillation"]
+    np.testing.assert_array_equal(variances[:10], 10 * [[4.0, 0.0]])
+    np.testing.assert_array_equal(variances[10:], 31 * [level])
+
+
+def test_what_has_come_to_its_end_stays_there():
+    step = _step([3.0, 2.0], [0.0, 0.0], [0.0, 0.0], until=0.5)
+    variances = _oscillating(step, 41)["oscillation"]
+    share = np.maximum(1 - np.arange(41) / 20, 0)
+    np.testing.assert_allclose(variances, share[:, None] * [3.0, 2.0], atol=1e-15)
 
 
 @pytest.mark.parametrize(("a", "b"), [(3.0, 1.0), (2.0, 0.0), (0.0, 0.0), (1e-9, 4.0)])

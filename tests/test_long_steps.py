@@ -129,6 +129,42 @@ def test_two_eigenvalues_become_critical_one_after_the_other():
     np.testing.assert_allclose(Y[:, 0, 1], 0, atol=1e-6)
     np.testing.assert_allclose(flow.oscillation[45, :2], [2 * b[0] / eta, 0], atol=1e-6)
     np.testing.assert_allclose(flow.oscillation[-1, :2], 2 * b / eta, rtol=1e-4)
+    # They jump where they should, at 40 and 60, in the middle of long steps. The second
+    # onset is found to a hundredth of its step, of which a quarter is left: 4 %.
+    variances = np.where(times[:, None] > [40, 60], 2 * b / eta, 0)
+    away = np.min(np.abs(times[:, None] - [40, 60]), axis=1) > 1
+    np.testing.assert_allclose(
+        flow.oscillation[away, :2], variances[away], atol=0.05 * 2 * b[1] / eta
+    )
+
+
+def test_an_oscillation_dies_within_a_step():
+    """The sharpness 2/eta + a y is held while E[x^2] = 2 h(z), h = h0 - b z, which is
+    zero at z = h0/b. After that, with u = z - h0/b, w = eta a b and t from there on,
+
+        dy/dt = -w u,   du/dt = eta drift - w y,   so   y = drift/(a b) (1 - cosh w t).
+    """
+    a, b, drift, h0 = 0.3, 1 / 30, 1e-2, 0.05
+
+    def loss(w, data):
+        x, y, z = w
+        return 1 + x**2 / ETA + a * y * (x**2 / 2 - h0 + b * z) - drift * z
+
+    times, last = np.arange(601.0), h0 / (b * ETA * drift)
+    flow = cf.predict(
+        cf.Objective(loss, jnp.zeros((1, 1))),
+        jnp.zeros(3),
+        cf.GradientDescent(ETA),
+        600,
+        times=times,
+    )
+    assert flow.stats["accepted_steps"] < 20
+    held = 2 * np.maximum(h0 - b * ETA * drift * times, 0)
+    # It begins at once, which is another matter.
+    variance = ETA * flow.oscillation[:, 0]
+    np.testing.assert_allclose(variance[20:], held[20:], atol=5e-3 * held[0])
+    y = drift / (a * b) * (1 - np.cosh(ETA * a * b * np.maximum(times - last, 0)))
+    np.testing.assert_allclose(flow.sharpness[:, 0], 2 + ETA * a * y, atol=5e-4)
 
 
 def test_the_multiplier_of_a_changing_drift():

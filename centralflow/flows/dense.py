@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .base import FlowState
+from .observables import held
 
 
 class StepInterpolation(diffrax.AbstractLocalInterpolation):
@@ -19,8 +20,9 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     oscillations add to them too, on a logarithmic scale if they are positive: a
     straight line would be off by a percent where the step's error is far smaller. What
     oscillations add is a parabola, whose mean over the step exceeds that of the ends by
-    the `bulge`. All the rest is linear; but until the `onset`, a share of the step,
-    there are no oscillations, and after it the sharpness is what it is at the end.
+    the `bulge`. All the rest is linear; but up to the `onset`, a share of the step, the
+    oscillations are the `earlier` ones, and after it the sharpness that they hold is
+    what it is at the end; and they have reached their end at the share `until`.
     """
 
     t0: Any
@@ -31,7 +33,9 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     rate1: FlowState
     before: FlowState
     ratio: Any
+    earlier: Any
     onset: Any
+    until: Any
     bulge: Any
 
     @eqx.filter_jit  # traced once for all that is saved
@@ -56,17 +60,20 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         smooth["grad_norm_sq"] = self._scaled(x, *known("grad_norm_sq"))
         scaled = lambda *values: self._scaled(x, *values)
         smooth["metrics"] = jax.tree.map(scaled, *known("metrics"))
-        sharpness = jnp.stack([y.observables["smooth"]["sharpness"][0] for y in ys])
-        rising = jnp.where(self.onset > 0, self.onset, 1)
-        first = sharpness[0] + jnp.minimum(x / rising, 1) * (
-            sharpness[1] - sharpness[0]
-        )
-        smooth["sharpness"] = smooth["sharpness"].at[0].set(first)
+        first, last = (y.observables["smooth"]["sharpness"] for y in ys)
+        risen = jnp.minimum(x / jnp.where(self.onset > 0, self.onset, 1), 1)
+        at_edge = held(self.y1.observables["oscillating"]["oscillation"])
+        risen = jnp.where(at_edge, risen, x)
+        smooth["sharpness"] = first + risen * (last - first)
+        fallen = jnp.minimum(x / self.until, 1)
         share = 6 * x * (1 - x) * self._permitted()
         oscillating = jax.tree.map(
-            lambda v, b: jnp.where(x >= self.onset, v + share * b, 0),
-            linear.observables["oscillating"],
+            lambda a, b, bulge, earlier: jnp.where(
+                x < self.onset, earlier, a + fallen * (b - a) + share * bulge
+            ),
+            *(y.observables["oscillating"] for y in ys),
             self.bulge,
+            self.earlier,
         )
         variances = jnp.maximum(oscillating["oscillation"], 0)
         oscillating = oscillating | dict(oscillation=variances)

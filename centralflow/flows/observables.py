@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..precision import full_precision
 from .base import FlowState
@@ -47,6 +47,11 @@ def record(term: Any, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> Flo
         work=e.work,
     )
     return FlowState(y.weights, y.optimizer_state, observables)
+
+
+def held(variances: Float[Array, " k"]) -> Bool[Array, " k"]:
+    """Which of X's variances are not zero."""
+    return variances > 1e-3 * jnp.max(variances)
 
 
 def without_oscillations(y: FlowState) -> FlowState:

@@ -20,6 +20,7 @@ from .coupling import coupling
 from .dense import crossing
 from .expansion import Expansion, Forcing, Slope
 from .leapfrog import RingingResponse, leapfrog
+from .observables import held
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
@@ -30,6 +31,10 @@ _TURNED = 1.3
 # critical one by this share of the tolerance. (What it adds grows with the fourth power
 # of the step: twice as long, and it is a third.)
 _COUPLED = 0.02
+# The share of a step after which an eigenvalue becomes critical, at most. From there on
+# X is its mean less what it was up to there, over the share that is left: if it is not
+# the first, with the changes that X has anyway.
+_LATEST, _LATEST_OF_MORE = 0.9, 0.75
 
 _matmul = full_precision(jnp.matmul)
 
@@ -152,10 +157,9 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         tracked = jnp.arange(self.block_size) < e.tracked
         kappa = self.optimizer.critical_sharpness
         now = coupling(U, images, P, gram, e.sharpness, active, tracked, kappa)
-        variances = jnp.linalg.eigvalsh(X)
-        held = jnp.sum(variances > 1e-3 * jnp.max(variances), dtype=jnp.int32)
+        rank = jnp.sum(held(jnp.linalg.eigvalsh(X)), dtype=jnp.int32)
         enough = now.lost < _COUPLED * self.rtol * kappa
-        enough &= jnp.arange(self.block_size) >= held
+        enough &= jnp.arange(self.block_size) >= rank
         work = Work(
             gradients=stages,  # one less in the step, and one at its end
             hvps=e.critical,
@@ -168,7 +172,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             hessian=now.hessian,
             gram=gram,
             forces=e.forces[:0],
-            held=held,
+            held=rank,
             excess=now.excess,
             coupled=jnp.argmax(enough).astype(jnp.int32),
             work=e.work + work,
@@ -183,11 +187,27 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         return (after.held > 0) & ((before.held == after.held) | (onset > 0))
 
     def onset(
-        self, before: Expansion, start: Expansion, predicted: Expansion, ratio: Any
+        self,
+        before: Expansion,
+        start: Expansion,
+        predicted: Expansion,
+        after: Expansion,
+        ratio: Float[Array, ""],
+        earlier: Any,
+        mean: Any,
     ) -> Float[Array, ""]:
-        sharpness = (e.sharpness[0] for e in (before, start, predicted))
+        # Which of the predicted eigenvalues it is cannot be told once they have mixed:
+        # it is what is left of their sum when those that were held stay as they are.
+        row, rows = start.held, jnp.arange(self.block_size)
+        upto = lambda count, e: jnp.sum(jnp.where(rows < count, e.sharpness, 0))
+        ahead = upto(row + 1, predicted) - upto(row, start)
+        sharpness = before.sharpness[row], start.sharpness[row], ahead
         share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
-        return jnp.where(start.held == 0, jnp.minimum(share, 0.9), 0)
+        share = jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
+        jumps = row < jnp.minimum(after.held, start.tracked)
+        variances = lambda of_X: of_X["oscillation"]
+        jumps &= jnp.all(variances(mean) >= share * variances(earlier))
+        return jnp.where(jumps, share, 0)
 
     def damped(
         self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]

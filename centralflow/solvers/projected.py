@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ..failures import Failure, choose, first_of, when
 from ..results import RESULTS
 from .moreau import multiplier, settle, unheld_for
+from .release import release
 from .rkc import polynomial, rkc2
 from .term import AbstractStiffComplementarityTerm, Step
 
@@ -139,6 +140,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         del args, made_jump
         term, dt, s = terms.term, t1 - t0, solver_state
         tree_map = jax.tree.map
+        scaled = lambda share, tree: tree_map(lambda x: share * x, tree)
         add = lambda a, b: tree_map(jnp.add, a, b)
         subtract = lambda a, b: tree_map(jnp.subtract, a, b)
 
@@ -177,8 +179,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         # 3. The multiplier.
         # A linear function of mean m1 over dt, and m0 over the dt0 before, ends at
         # m1 + (m1 - m0) dt / (dt + dt0).
-        onset = term.onset(s.before, s.expansion, e, ratio)
-        rho = jnp.where((s.memory > 0) & (onset == 0), dt / (dt + s.memory), 0)
+        rho = jnp.where(s.memory > 0, dt / (dt + s.memory), 0)
         usable = lambda before: (rho > 0) & jnp.isfinite(before)
         mean = lambda last, before: tree_map(
             lambda a, b: jnp.where(usable(b), (a + rho * b) / (1 + rho), a),
@@ -187,49 +188,69 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
         start = lambda mean, end: tree_map(lambda m, a: 2 * m - a, mean, end)
 
-        def changes(X):
+        def changes(X, share=1.0):
             forcing = term.forcing(predicted, e, X)
-            average = mean(forcing, s.mean_forcing)
+            average = scaled(share, mean(forcing, s.mean_forcing))
             rise = subtract(forcing, start(average, forcing))
             return subtract(average, s.forcing), rise
 
-        correction = lambda X: respond(*changes(X))
         rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
-        end = lambda X: C + rate_of_C(correction(X))
+        end = lambda *changes: C + rate_of_C(respond(*changes))
 
-        def ahead(X):
+        def ahead(*changes):
             if not term.rings:
-                return end(X)
+                return end(*changes) + slack
             # A momentum carries on: what stopped at the edge would leave it again.
-            rate = add(rate_ahead, respond.rate(*changes(X)))
+            rate = add(rate_ahead, respond.rate(*changes))
             drift = term.drift(predicted, e, rate)
-            return end(X) + term.memory * rate_of_C(drift)
+            return end(*changes) + term.memory * rate_of_C(drift) + slack
 
-        solution, left = multiplier(lambda X: ahead(X) + slack, term.active(e), C)
+        active = term.active(e)
+        solution, left = multiplier(lambda X: ahead(*changes(X)), active, C)
         X = solution.X
+        share, until = jax.lax.cond(
+            (rho > 0) & jnp.all(X == 0),
+            lambda: release(
+                lambda share: ahead(*changes(X, share)),
+                active,
+                s.forcing,
+                s.mean_forcing,
+                rho / (1 + rho),
+            ),
+            lambda: (jnp.ones_like(rho), jnp.ones_like(rho)),
+        )
 
         # 4. The correction.
-        change, forcing = correction(X), term.forcing(predicted, e, X)
+        change = respond(*changes(X, share))
+        forcing = term.forcing(predicted, e, X)
         y1 = add(predicted, change)
         e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
-        # The observables of X between the ends of steps. If they were zero before, or
-        # not known, they are zero up to the onset and constant thereafter. Elsewhere
-        # the constraint determines their means over steps better than their ends, which
-        # are extrapolated from these.
-        within = lambda tree: tree_map(lambda x: x / (1 - onset), tree)
-        y1 = eqx.tree_at(_of_X, y1, within(_of_X(y1)))
+        # The observables of X between the ends of steps. Where a row becomes tight,
+        # they are as they were up to the onset, and constant thereafter; where nothing
+        # is held any longer, zero from the release on. Elsewhere the constraint
+        # determines their means over steps better than their ends, which are
+        # extrapolated from these.
+        earlier, last = _of_X(y0), _of_X(y1)
+        mean_of_X = scaled(share, mean(last, s.mean_of_X))
+        onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
+        after = lambda mean, before: (mean - onset * before) / (1 - onset)
+        constant = tree_map(after, mean_of_X, earlier)
+        last = choose(onset > 0, constant, last)
         begins = (s.dt == 0) | term.begins(s.expansion)
-        last, mean_of_X = _of_X(y1), mean(_of_X(y1), s.mean_of_X)
-        first_of_X = tree_map(lambda a, b: jnp.where(begins, b, a), _of_X(y0), last)
+        first_of_X = choose(begins | (onset > 0), last, earlier)
+        y1 = eqx.tree_at(_of_X, y1, last)
+        linear = (onset == 0) & (until == 1)
         bulge = tree_map(
-            lambda a, b, m, before: jnp.where(usable(before), m - (a + b) / 2, 0),
+            lambda a, b, m, before: jnp.where(
+                linear & usable(before), m - (a + b) / 2, 0
+            ),
             first_of_X, last, mean_of_X, s.mean_of_X,
         )  # fmt: skip
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
-        mean_forcing = mean(forcing, s.mean_forcing)
+        mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         first = start(mean_forcing, forcing)
         rate0 = rate_of(y0, s.expansion.slope, first)
         rate1 = rate_of(y1, e1.slope, forcing)
@@ -251,7 +272,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             s.expansion,
             e,
             e1,
-            end(X),
+            end(*changes(X, share)),
             defect,
             change,
             excess,
@@ -283,9 +304,14 @@ class ProjectedRKC(diffrax.AbstractSolver):
             rate1=rate1,
             before=s.y_before,
             ratio=s.dt / dt,
+            earlier=earlier,
             onset=onset,
+            until=until,
             bulge=bulge,
         )
+        # The first X since nothing was held is right from its onset on.
+        onset = jnp.where(term.begins(s.expansion), onset, 0)
+        within = lambda tree: scaled(1 / (1 - onset), tree)
         settled = term.settled(s.expansion, e1, onset)
         state = _State(
             e1,
@@ -293,7 +319,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             within(mean_forcing),
             within(forcing),
-            mean_of_X,
+            within(mean_of_X),
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),

@@ -185,11 +185,18 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def onset(
-        self, before: Any, start: Any, predicted: Any, ratio: Float[Array, ""]
+        self,
+        before: Any,
+        start: Any,
+        predicted: Any,
+        after: Any,
+        ratio: Float[Array, ""],
+        earlier: PyTree[Array],
+        mean: PyTree[Array],
     ) -> Float[Array, ""]:
-        """When in a step at whose start nothing was held, from 0 to 1, the first row
-        becomes tight; zero if something was, or none does. From the expansions one step
-        `before`, at the start and at the predicted end; `ratio` as above."""
+        """When in a step, from 0 to 1, a row becomes tight; zero if none does. From the
+        expansions one step `before`, at the start, at the predicted end and `after` the
+        step; `ratio` as above; and X's observables at the start and in the mean."""
 
     @abc.abstractmethod
     def damped(
