@@ -25,7 +25,7 @@ def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
             jnp.ones(3), (), dict(smooth=smooth, oscillating=of(variances))
         )
 
-    of = lambda v: dict(oscillation=v, trace_covariance=jnp.sum(v))
+    of = lambda v: dict(oscillation=v, gradient_sq=v, trace_covariance=jnp.sum(v))
     a, b, bulge, earlier = map(jnp.asarray, (a, b, bulge, earlier))
     ratio, onset, until = map(jnp.asarray, (0.0, onset, until))
     y0, y1 = state(a), state(b)
@@ -61,7 +61,12 @@ def test_until_the_onset_it_is_as_before():
 
 
 def test_what_has_come_to_its_end_stays_there():
+    """And the sharpness is what it was until then."""
     step = _step([3.0, 2.0], [0.0, 0.0], [0.0, 0.0], until=0.5)
+    smooth = step.y1.observables["smooth"]
+    smooth["sharpness"] = jnp.array([1.0, 2.0])
+    at = lambda t: step.evaluate(jnp.asarray(t)).observables["smooth"]["sharpness"]
+    np.testing.assert_array_equal([at(19.0), at(25.0)], [[2.0, 2.0], [1.5, 2.0]])
     variances = _oscillating(step, 41)["oscillation"]
     share = np.maximum(1 - np.arange(41) / 20, 0)
     np.testing.assert_allclose(variances, share[:, None] * [3.0, 2.0], atol=1e-15)

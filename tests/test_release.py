@@ -12,13 +12,12 @@ def test_a_line_to_zero(last):
     `last`, and by X = 0 from there on. The mean of the step before is 2; another row is
     far from tight, and a third, not active, beyond it."""
     usual = 0.4
-
-    def end(share):
-        mean = 2 * usual * share
-        return jnp.diag(jnp.array([mean - (1 - 0.5 / last), 5.0, -7.0]))
-
-    forcing, mean = dict(a=jnp.ones(3)), dict(a=jnp.full(3, 2.0))
-    share, until = release(end, jnp.int32(2), forcing, mean, jnp.asarray(usual))
+    end = lambda mean: jnp.diag(jnp.array([mean - (1 - 0.5 / last), 5.0, -7.0]))
+    forcing = dict(a=jnp.ones(3), b=jnp.full(3, 1e3), c=jnp.zeros(3))
+    mean = dict(a=jnp.full(3, 2.0), b=jnp.full(3, 2e3), c=jnp.zeros(3))
+    share, until = release(
+        end(0.0), end(2 * usual), jnp.int32(2), forcing, mean, jnp.asarray(usual)
+    )
     if last < 1:
         assert until == pytest.approx(last, rel=1e-6)
         assert 2 * usual * share == pytest.approx(last / 2, rel=1e-6)
@@ -27,29 +26,33 @@ def test_a_line_to_zero(last):
         assert 2 * usual * share == pytest.approx(1 - 0.5 / last, rel=1e-6)
 
 
+def _release(without, usually, forcing, usual):
+    """Of one number; the mean over the step before is 1."""
+    one, usual = jnp.ones(1), jnp.asarray(usual)
+    row = lambda c: jnp.full((1, 1), c)
+    return release(row(without), row(usually), jnp.int32(1), forcing * one, one, usual)
+
+
 def test_no_more_than_a_line_to_zero():
     """The forcing is 1 at the start of the step, and held on its mean would be 0.3125:
     but the usual one is enough."""
-    end = lambda share: jnp.full((1, 1), share - 0.999)
-    one, usual = jnp.ones(1), jnp.asarray(0.2)
-    share, until = release(end, jnp.int32(1), one, one, usual)
+    share, until = _release(-0.999, 0.001, 1.0, 0.2)
     assert share == 1
     assert until / 2 == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_where_the_forcing_does_not_matter(held):
-    """If the constraint holds anyway, X goes on as if it had its zero in the middle."""
-    end = lambda share: jnp.full((1, 1), 0.5 if held else -0.5)
-    one, usual = jnp.ones(1), jnp.asarray(0.3)
-    share, until = release(end, jnp.int32(1), one, one, usual)
-    assert 0.3 * share == pytest.approx(0.25 if held else 0.3)
-    assert until == pytest.approx(0.5 if held else 0.6)
+@pytest.mark.parametrize("rise", [0.0, 1e-12, -1e-3])
+def test_where_the_forcing_does_not_matter(rise):
+    """Where the constraint holds anyway X is gone soon, with a line that ends at
+    2 * (-10 * 0.3) - 1 = -7; where nothing helps, it is the usual line."""
+    share, until = _release(0.5, 0.5 + rise, 1.0, 0.3)
+    assert until == pytest.approx(1 / 8)
+    assert 0.3 * share == pytest.approx(1 / 16)
+    share, until = _release(-0.5, -0.5 + rise, 1.0, 0.3)
+    assert share == 1
 
 
 def test_nothing_before():
-    end = lambda share: jnp.full((1, 1), share - 0.5)
-    zero, usual = jnp.zeros(1), jnp.asarray(0.25)
-    share, until = release(end, jnp.int32(1), zero, zero, usual)
+    share, until = _release(-0.5, 0.5, 0.0, 0.25)
     assert share == pytest.approx(0.5)
     assert until == 1

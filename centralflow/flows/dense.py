@@ -22,7 +22,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     oscillations add is a parabola, whose mean over the step exceeds that of the ends by
     the `bulge`. All the rest is linear; but up to the `onset`, a share of the step, the
     oscillations are the `earlier` ones, and after it the sharpness that they hold is
-    what it is at the end; and they have reached their end at the share `until`.
+    what it is at the end; and they have reached their end at the share `until`, up to
+    which the sharpness is as it was.
     """
 
     t0: Any
@@ -61,22 +62,26 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         scaled = lambda *values: self._scaled(x, *values)
         smooth["metrics"] = jax.tree.map(scaled, *known("metrics"))
         first, last = (y.observables["smooth"]["sharpness"] for y in ys)
+        was_held, is_held = (
+            held(y.observables["oscillating"]["oscillation"]) for y in ys
+        )
         risen = jnp.minimum(x / jnp.where(self.onset > 0, self.onset, 1), 1)
-        at_edge = held(self.y1.observables["oscillating"]["oscillation"])
-        risen = jnp.where(at_edge, risen, x)
-        smooth["sharpness"] = first + risen * (last - first)
-        fallen = jnp.minimum(x / self.until, 1)
+        left = jnp.where(self.until < 1, 1 - self.until, 1)
+        fallen = jnp.where(self.until < 1, jnp.maximum(x - self.until, 0) / left, x)
+        gone = jnp.where(is_held, risen, jnp.where(was_held, fallen, x))
+        smooth["sharpness"] = first + gone * (last - first)
+        ended = jnp.minimum(x / self.until, 1)
         share = 6 * x * (1 - x) * self._permitted()
         oscillating = jax.tree.map(
             lambda a, b, bulge, earlier: jnp.where(
-                x < self.onset, earlier, a + fallen * (b - a) + share * bulge
+                x < self.onset, earlier, a + ended * (b - a) + share * bulge
             ),
             *(y.observables["oscillating"] for y in ys),
             self.bulge,
             self.earlier,
         )
-        variances = jnp.maximum(oscillating["oscillation"], 0)
-        oscillating = oscillating | dict(oscillation=variances)
+        for name in ("oscillation", "gradient_sq"):
+            oscillating[name] = jnp.maximum(oscillating[name], 0)
         observables = {
             **linear.observables,
             "smooth": smooth,

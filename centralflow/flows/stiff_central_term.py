@@ -31,9 +31,9 @@ _TURNED = 1.3
 # critical one by this share of the tolerance. (What it adds grows with the fourth power
 # of the step: twice as long, and it is a third.)
 _COUPLED = 0.02
-# The share of a step after which an eigenvalue becomes critical, at most. From there on
-# X is its mean less what it was up to there, over the share that is left: if it is not
-# the first, with the changes that X has anyway.
+# The share of a step after which an eigenvalue becomes critical, at most. X after that
+# is found by division by the share that is left, and with the jump, whatever else
+# changes in X is enlarged; where it is the first eigenvalue there is nothing else.
 _LATEST, _LATEST_OF_MORE = 0.9, 0.75
 
 _matmul = full_precision(jnp.matmul)
@@ -202,11 +202,14 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         upto = lambda count, e: jnp.sum(jnp.where(rows < count, e.sharpness, 0))
         ahead = upto(row + 1, predicted) - upto(row, start)
         sharpness = before.sharpness[row], start.sharpness[row], ahead
+        ratio = jnp.where(row < before.tracked, ratio, 0)
         share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
         share = jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
         jumps = row < jnp.minimum(after.held, start.tracked)
-        variances = lambda of_X: of_X["oscillation"]
-        jumps &= jnp.all(variances(mean) >= share * variances(earlier))
+        # What there is after the jump, times a number: a covariance, in the same order?
+        for name in ("oscillation", "loss", "grad_norm_sq", "trace_covariance"):
+            left = mean[name] - share * earlier[name]
+            jumps &= jnp.all(left >= 0) & jnp.all(jnp.diff(jnp.atleast_1d(left)) <= 0)
         return jnp.where(jumps, share, 0)
 
     def damped(

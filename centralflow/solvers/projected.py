@@ -73,8 +73,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
     of the mean rate, X would overshoot from step to step.
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    parabolas in a step, with the mean that its forcing has; or, where the first row
-    becomes tight, jump.
+    parabolas in a step, with the mean that its forcing has; or, where another row
+    becomes tight, jump. If nothing is held at the end of the step, the forcing ends
+    before it (`release`).
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -194,24 +195,26 @@ class ProjectedRKC(diffrax.AbstractSolver):
             rise = subtract(forcing, start(average, forcing))
             return subtract(average, s.forcing), rise
 
+        correction = lambda X, share=1.0: respond(*changes(X, share))
         rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
-        end = lambda *changes: C + rate_of_C(respond(*changes))
+        end = lambda X, share=1.0: C + rate_of_C(correction(X, share))
 
-        def ahead(*changes):
+        def ahead(X, share=1.0):
             if not term.rings:
-                return end(*changes) + slack
+                return end(X, share) + slack
             # A momentum carries on: what stopped at the edge would leave it again.
-            rate = add(rate_ahead, respond.rate(*changes))
+            rate = add(rate_ahead, respond.rate(*changes(X, share)))
             drift = term.drift(predicted, e, rate)
-            return end(*changes) + term.memory * rate_of_C(drift) + slack
+            return end(X, share) + term.memory * rate_of_C(drift) + slack
 
         active = term.active(e)
-        solution, left = multiplier(lambda X: ahead(*changes(X)), active, C)
+        solution, left = multiplier(ahead, active, C)
         X = solution.X
         share, until = jax.lax.cond(
             (rho > 0) & jnp.all(X == 0),
             lambda: release(
-                lambda share: ahead(*changes(X, share)),
+                ahead(X, 0.0),
+                ahead(X),
                 active,
                 s.forcing,
                 s.mean_forcing,
@@ -221,7 +224,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
 
         # 4. The correction.
-        change = respond(*changes(X, share))
+        change = correction(X, share)
         forcing = term.forcing(predicted, e, X)
         y1 = add(predicted, change)
         e1 = term.complete(y1, e, X, stages, solution.converged)
@@ -231,10 +234,12 @@ class ProjectedRKC(diffrax.AbstractSolver):
         # they are as they were up to the onset, and constant thereafter; where nothing
         # is held any longer, zero from the release on. Elsewhere the constraint
         # determines their means over steps better than their ends, which are
-        # extrapolated from these.
+        # extrapolated from these: a bulge, and an error, where that is not the case.
         earlier, last = _of_X(y0), _of_X(y1)
         mean_of_X = scaled(share, mean(last, s.mean_of_X))
         onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
+        known = (s.dt > 0) | term.begins(s.expansion)  # of X at the start
+        onset = jnp.where(known, onset, 0)
         after = lambda mean, before: (mean - onset * before) / (1 - onset)
         constant = tree_map(after, mean_of_X, earlier)
         last = choose(onset > 0, constant, last)
@@ -272,7 +277,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             s.expansion,
             e,
             e1,
-            end(*changes(X, share)),
+            end(X, share),
             defect,
             change,
             excess,
@@ -309,7 +314,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             until=until,
             bulge=bulge,
         )
-        # The first X since nothing was held is right from its onset on.
+        # Where nothing was held before, the forcing too is constant from the onset on.
         onset = jnp.where(term.begins(s.expansion), onset, 0)
         within = lambda tree: scaled(1 / (1 - onset), tree)
         settled = term.settled(s.expansion, e1, onset)

@@ -1,14 +1,16 @@
 """When in a long step the last oscillation dies."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+# The constraint may hardly answer to the forcing. Then X is gone soon in the step.
+_MOST = 10.0
+
 
 def release(
-    end: Callable[[Float[Array, ""]], Float[Array, "k k"]],
+    without: Float[Array, "k k"],
+    usually: Float[Array, "k k"],
     active: Int[Array, ""],
     forcing: PyTree[Array],
     mean: PyTree[Array],
@@ -17,21 +19,20 @@ def release(
     """Of a step at whose end X is zero: the forcing's mean, over that of a line to zero
     at the end; and the share of the step from which on it is zero.
 
-    `forcing` is that at the start of the step and `mean` that over the step before.
-    In units of the latter, the forcing begins at a; the line to zero has the `usual`
-    mean; and a forcing of mean u would just hold the constraint up to the end, which is
-    `end(share)` for a share of the line's, on the first `active` rows. The line from a
-    with the mean u ends at e = 2 u - a. If that is below zero, X follows it down to
-    zero, at a / (a - e) of the step, and stays there: its mean is half a times that.
+    `forcing` is that at the start of the step and `mean` that over the step before. In
+    units of the latter the forcing begins at a, and a line to zero at the end has the
+    mean `usual`. The constraint there is `usually` with that line, and `without` with
+    no forcing; on the first `active` rows. In between, its least eigenvalue is taken as
+    linear, and is zero with a mean u. The line from a with that mean ends at
+    e = 2 u - a. If this is below zero, X follows it down to zero, at a / (a - e) of the
+    step, and stays there: its mean is half a times that. But the usual one is always
+    enough.
     """
-    none, whole = (_least(end(share), active) for share in (0.0, 1.0))
+    none, whole = _least(without, active), _least(usually, active)
     rise = whole - none
-    # The least eigenvalue is concave in the share: no less than on this line.
-    needed = jnp.where(rise > 0, -none / jnp.where(rise > 0, rise, 1), none < 0)
-    u = usual * jnp.minimum(needed, 1)
-    precision = jnp.finfo(usual.dtype)
-    a = _inner(forcing, mean) / (_inner(mean, mean) + precision.tiny)
-    a = jnp.maximum(a, precision.eps)
+    needed = jnp.where(rise > 0, -none / jnp.where(rise > 0, rise, 1), -none * jnp.inf)
+    u = usual * jnp.clip(jnp.nan_to_num(needed), -_MOST, 1)
+    a = jnp.maximum(_ratio(forcing, mean), jnp.finfo(usual.dtype).eps)
     e = 2 * u - a
     mean_of_X = jnp.minimum(jnp.where(e < 0, a**2 / (a - e) / 2, u), usual)
     return mean_of_X / usual, jnp.where(e < 0, 2 * mean_of_X / a, 1)
@@ -43,5 +44,12 @@ def _least(C: Float[Array, "k k"], active: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.linalg.eigvalsh(jnp.where(rows[:, None] & rows, C, others))[0]
 
 
-def _inner(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
-    return sum(map(jnp.vdot, jax.tree.leaves(x), jax.tree.leaves(y)))
+def _ratio(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
+    """How large x is along y, over y: the mean over the arrays, which have each its own
+    unit, that are not zero."""
+    pairs = list(zip(*map(jax.tree.leaves, (x, y)), strict=True))
+    products = jnp.stack([jnp.sum(a * b) for a, b in pairs])
+    squares = jnp.stack([jnp.sum(b * b) for _, b in pairs])
+    there = squares > 0
+    ratios = jnp.where(there, products / jnp.where(there, squares, 1), 0)
+    return jnp.sum(ratios) / jnp.maximum(jnp.sum(there), 1)
