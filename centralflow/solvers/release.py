@@ -30,8 +30,10 @@ def release(
     """
     none, whole = _least(without, active), _least(usually, active)
     rise = whole - none
-    needed = jnp.where(rise > 0, -none / jnp.where(rise > 0, rise, 1), -none * jnp.inf)
-    u = usual * jnp.clip(jnp.nan_to_num(needed), -_MOST, 1)
+    helps = rise > 0
+    needed = -none / jnp.where(helps, rise, 1)
+    needed = jnp.where(helps, needed, jnp.where(none < 0, 1, -_MOST))
+    u = usual * jnp.clip(needed, -_MOST, 1)
     a = jnp.maximum(_ratio(forcing, mean), jnp.finfo(usual.dtype).eps)
     e = 2 * u - a
     mean_of_X = jnp.minimum(jnp.where(e < 0, a**2 / (a - e) / 2, u), usual)
