@@ -252,10 +252,14 @@ class FlatObjective(eqx.Module):
         return self._mean(derivative)
 
     def thirds(
-        self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
+        self,
+        w: Float[Array, " n"],
+        V: Float[Array, "k n"],
+        count: int | Int[Array, ""],
+        known: int | Int[Array, ""] = 0,
     ) -> Float[Array, "m n"]:
         """The third derivatives D_ij = d(v_i' H(w) v_j)/dw of all pairs of the first
-        `count` rows of V.
+        `count` rows of V, but for those of the first `known` ones.
 
         **Returns:**
 
@@ -274,12 +278,27 @@ class FlatObjective(eqx.Module):
                 add = lambda j, D: D.at[row(j)].add(share * third(V[j]))
                 return jax.lax.fori_loop(0, i + 1, add, D)
 
-            return jax.lax.fori_loop(0, count, pairs, total)
+            return jax.lax.fori_loop(known, count, pairs, total)
 
         # A zero that depends on V: compilers make constants long before they are
         # needed, here before the eigenvectors are computed, and keep them.
         zero = jnp.broadcast_to(0 * V[0, 0], (k * (k + 1) // 2, n))
         return self._accumulate(derivatives, zero)
+
+    def thirds_along(
+        self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
+    ) -> Float[Array, "k n"]:
+        """The third derivatives D_ii = d(v_i' H(w) v_i)/dw of the first `count` rows of
+        V, and zeros."""
+
+        def derivatives(loss, share, total):
+            def add(i, D):
+                hvp = lambda x: jax.jvp(jax.grad(loss), (x,), (V[i],))[1]
+                return D.at[i].add(share * jax.jvp(hvp, (w,), (V[i],))[1])
+
+            return jax.lax.fori_loop(0, count, add, total)
+
+        return self._accumulate(derivatives, jnp.broadcast_to(0 * V[0, 0], V.shape))
 
     def evaluate(
         self, metrics: dict[str, Callable], w: Float[Array, " n"]

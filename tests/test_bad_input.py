@@ -290,6 +290,10 @@ FLOWS = {
         dict(substeps=1, renew_every=INF),
         "`renew_every` .* got inf",
     ),
+    "carry is text": (
+        dict(carry_third_derivatives="no"),
+        "`carry_third_derivatives` must be True or False, got 'no'",
+    ),
     "tolerance is NaN": (dict(eigen_tolerance=NAN), "`eigen_tolerance` .* got nan"),
     "tolerance is text": (dict(eigen_tolerance="x"), "`eigen_tolerance` .* got 'x'"),
     "tolerance is 1": (dict(eigen_tolerance=1.0), "`eigen_tolerance` .* got 1.0"),

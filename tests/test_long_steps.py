@@ -292,6 +292,26 @@ def test_rtol_is_the_relative_error_of_the_loss(network):
     assert errors[2] < errors[1] < errors[0], errors
 
 
+def test_third_derivatives_are_carried(network):
+    """In as many steps, and as accurate, with fewer of them."""
+    fixed, flows = network
+    flow = cf.CentralFlow(carry_third_derivatives=False)
+    for rtol in (1e-2, 1e-3):
+        without = _predict(0.5, rtol, flow=flow)
+        tried = [
+            f.stats["accepted_steps"] + f.stats["rejected_steps"]
+            for f in (flows[rtol], without)
+        ]
+        assert tried[0] < 1.1 * tried[1]
+        carried = flows[rtol].stats["third_derivatives"]
+        assert carried < 0.9 * without.stats["third_derivatives"]
+        for f in (flows[rtol], without):
+            assert _error(f.loss, fixed.loss) < 3 * rtol + 3e-4
+            variances = [np.sum(x.oscillation, axis=1) for x in (f, fixed)]
+            off = np.sum(np.abs(variances[0] - variances[1])) / np.sum(variances[1])
+            assert off < 3 * rtol + 1e-3
+
+
 def test_the_constraint_along_a_run(network):
     objective, model = _network()
     hessian = jax.jit(jax.hessian(objective.flatten(model)[1].loss))

@@ -58,6 +58,11 @@ class CentralFlow(AbstractFlow):
     - `eigen_tolerance`: the residual norm to which the eigenpairs are computed, over
         the largest eigenvalue; by default 2e-3 with fixed steps and 0.2 sqrt(rtol)
         with adaptive ones. The error of an eigenvalue is of the order of its square.
+    - `carry_third_derivatives`: whether adaptive steps keep the third derivatives of
+        all pairs of critical eigenvectors from step to step, so that few are computed.
+        Without, a prediction takes the memory of 1.5 (k - 2) (k - 1) vectors of
+        parameters less, k the block size, and where many eigenvalues are critical up to
+        twice the work.
 
     ??? cite "Reference"
 
@@ -70,6 +75,7 @@ class CentralFlow(AbstractFlow):
     renew_every: Int[Array, ""]
     eigen_tolerance: Float[Array, ""] | None
     block_size: int = eqx.field(static=True)
+    carry_third_derivatives: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -78,6 +84,7 @@ class CentralFlow(AbstractFlow):
         renew_every: int | None = None,
         block_size: int = 8,
         eigen_tolerance: float | None = None,
+        carry_third_derivatives: bool = True,
     ):
         if substeps is None and renew_every is not None:
             raise ValueError(
@@ -90,6 +97,11 @@ class CentralFlow(AbstractFlow):
             ("block_size", block_size),
         ):
             require_integer(name, value)
+        if not isinstance(carry_third_derivatives, bool):
+            raise ValueError(
+                "`carry_third_derivatives` must be True or False, got "
+                f"{carry_third_derivatives!r}."
+            )
         if eigen_tolerance is not None:
             require_positive("eigen_tolerance", eigen_tolerance, 1)
         if renew_every is None:
@@ -100,6 +112,7 @@ class CentralFlow(AbstractFlow):
         self.substeps = None if substeps is None else jnp.asarray(substeps)
         self.renew_every = jnp.asarray(renew_every)
         self.block_size = int(block_size)
+        self.carry_third_derivatives = bool(carry_third_derivatives)
         self.eigen_tolerance = (
             None if eigen_tolerance is None else real(eigen_tolerance)
         )
@@ -144,7 +157,7 @@ class CentralFlow(AbstractFlow):
         )
         if self.substeps is not None:
             return CentralTerm(*equation)
-        return StiffCentralTerm(*equation, rtol)
+        return StiffCentralTerm(*equation, rtol, self.carry_third_derivatives)
 
     def solver(self) -> diffrax.AbstractSolver:
         if self.substeps is None:
@@ -261,4 +274,5 @@ class CentralFlow(AbstractFlow):
             eigen_tolerance=(
                 None if self.eigen_tolerance is None else float(self.eigen_tolerance)
             ),
+            carry_third_derivatives=self.carry_third_derivatives,
         )

@@ -24,7 +24,7 @@ from ..precision import full_precision
 from ..results import RESULTS
 from ..solvers import AbstractComplementarityTerm
 from .base import FlowState, Work
-from .expansion import Expansion, Forcing, Slope
+from .expansion import Expansion, Forcing, Slope, Staleness
 from .observables import record, without_oscillations
 
 # Eigenvectors tracked beyond the critical ones, so that the next to become critical is
@@ -188,9 +188,8 @@ class CentralTerm(AbstractComplementarityTerm):
             start = previous.eigenvectors
             e = self.spectrum(y, previous, *self.followed(previous), start=start)
             e = dataclasses.replace(e, work=previous.work + e.work)
-        work = e.work + Work(gradients=1, third_derivatives=e.pairs)
-        forces = self.third_derivatives(y, e)
-        return dataclasses.replace(e, slope=slope, forces=forces, work=work)
+        work = e.work + Work(gradients=1)
+        return self.with_forces(y, dataclasses.replace(e, slope=slope, work=work))
 
     def room(self, y: FlowState) -> int:
         """How many eigenvalues may be critical: if there are more, the block is to be
@@ -198,9 +197,14 @@ class CentralTerm(AbstractComplementarityTerm):
         k = self.block_size
         return k if k >= y.weights.size else max(k - GUARDS, 1)
 
-    def third_derivatives(self, y: FlowState, e: Expansion) -> Float[Array, "m n"]:
+    def with_forces(self, y: FlowState, e: Expansion) -> Expansion:
         U = e.eigenvectors[: self.room(y)]
-        return self.objective.thirds(y.weights, U, e.critical)
+        return dataclasses.replace(
+            e,
+            forces=self.objective.thirds(y.weights, U, e.critical),
+            staleness=Staleness.of(True, y.weights.dtype),
+            work=e.work + Work(third_derivatives=e.pairs),
+        )
 
     def followed(self, previous: Expansion) -> tuple[Array, Array]:
         k = self.block_size
@@ -257,6 +261,7 @@ class CentralTerm(AbstractComplementarityTerm):
             hessian=jnp.diag(sharpness),
             gram=jnp.eye(k, dtype=w.dtype),
             forces=jnp.zeros((room * (room + 1) // 2, w.size), w.dtype),
+            staleness=Staleness.of(False, w.dtype),
             tracked=jnp.asarray(count, jnp.int32),
             known=known,
             critical=critical,

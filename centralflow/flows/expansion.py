@@ -1,7 +1,10 @@
 """What is known of the loss at one point, and what the oscillations add to it."""
 
+from typing import Any
+
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from .base import Work
 
@@ -18,6 +21,22 @@ class Forcing(eqx.Module):
     gradient_sq: Float[Array, " n"]
 
 
+class Staleness(eqx.Module):
+    """How far forces that were carried from an earlier point are from those at this
+    one: the relative `error`, infinite of what is not known; by how much they changed
+    in the last step; and whether they are `exact`, or those along X at least."""
+
+    error: Float[Array, ""]
+    change: Float[Array, ""]
+    exact: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, known: bool, dtype: Any) -> "Staleness":
+        """That of forces that are exact, or not known."""
+        error = jnp.asarray(0.0 if known else jnp.inf, dtype)
+        return cls(error, jnp.zeros((), dtype), jnp.asarray(known))
+
+
 class Expansion(eqx.Module):
     """The loss to third order at one point, along the top eigenvectors there.
 
@@ -26,8 +45,8 @@ class Expansion(eqx.Module):
     may become tight; `residuals` are those of P^-1/2 H P^-1/2. `hessian` is U H U' and
     `gram` is U P U', the identity where the eigenvectors were computed; `sharpness`
     holds the eigenvalues of the two. Row i (i + 1) / 2 + j of `forces` is
-    D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a step it may
-    be empty. `held` is the rank of X.
+    D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a long step it
+    is that at the predicted end, or empty. `held` is the rank of X.
 
     Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
     `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. After a
@@ -43,6 +62,7 @@ class Expansion(eqx.Module):
     hessian: Float[Array, "k k"]
     gram: Float[Array, "k k"]
     forces: Float[Array, "m n"]
+    staleness: Staleness
     tracked: Int[Array, ""]
     known: Int[Array, ""]
     critical: Int[Array, ""]

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -15,6 +16,7 @@ from ..failures import largest
 from ..precision import full_precision
 from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
+from .carried import carried, exact_along
 from .central_term import CentralTerm
 from .coupling import coupling
 from .dense import crossing
@@ -43,6 +45,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     """The central flow, for steps of many times what its fastest modes need."""
 
     rtol: Float[Array, ""]
+    carry_forces: bool = eqx.field(static=True)
 
     @full_precision
     def reach(
@@ -106,8 +109,20 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         below = e.sharpness[0] < self.optimizer.critical_sharpness
         critical = jnp.where(below & (previous.held == 0), 0, critical)
         e = dataclasses.replace(e, critical=critical)
-        forces, work = self.third_derivatives(y, e), Work(third_derivatives=e.pairs)
-        return dataclasses.replace(e, forces=forces, work=e.work + work)
+        if previous.forces.shape == e.forces.shape:
+            P = self.optimizer.preconditioner(y.optimizer_state)
+            return carried(self.objective, y.weights, P, previous, e, ratio)
+        return self.with_forces(y, e)
+
+    def remembered(self, e: Expansion) -> Expansion:
+        return dataclasses.replace(e, forces=e.forces[:0])
+
+    def exact_along(
+        self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
+    ) -> tuple[Expansion, Bool[Array, ""]]:
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        exact = exact_along(self.objective, y.weights, P, e, X)
+        return exact, ~e.staleness.exact
 
     def no_stiff_modes(self, y: FlowState) -> StiffModes:
         return none_known(y.weights.size, y.weights.dtype)
@@ -171,7 +186,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             sharpness=now.values[::-1],
             hessian=now.hessian,
             gram=gram,
-            forces=e.forces[:0],
+            forces=e.forces if self.carry_forces else e.forces[:0],
             held=rank,
             excess=now.excess,
             coupled=jnp.argmax(enough).astype(jnp.int32),

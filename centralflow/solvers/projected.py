@@ -55,7 +55,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
             0 <= X  perpendicular to  C + C' R[F(t) - F] >= 0,
 
-        a semidefinite complementarity problem;
+        a semidefinite complementarity problem. Phi may be that of an earlier step, as
+        far as it is made exact for the X that comes out;
 
     4. the corrected end y + R[F(t) - F], and the constraint there.
 
@@ -120,7 +121,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         unknown = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), _of_X(y0))
         return y0, _State(
             e,
-            e,
+            term.remembered(e),
             y0,
             mean,
             forcing,
@@ -189,26 +190,42 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
         start = lambda mean, end: tree_map(lambda m, a: 2 * m - a, mean, end)
 
-        def changes(X, share=1.0):
-            forcing = term.forcing(predicted, e, X)
-            average = scaled(share, mean(forcing, s.mean_forcing))
-            rise = subtract(forcing, start(average, forcing))
-            return subtract(average, s.forcing), rise
+        def problem(e):
+            def changes(X, share):
+                forcing = term.forcing(predicted, e, X)
+                average = scaled(share, mean(forcing, s.mean_forcing))
+                rise = subtract(forcing, start(average, forcing))
+                return subtract(average, s.forcing), rise
 
-        correction = lambda X, share=1.0: respond(*changes(X, share))
-        rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
-        end = lambda X, share=1.0: C + rate_of_C(correction(X, share))
+            correction = lambda X, share=1.0: respond(*changes(X, share))
+            rate_of_C = lambda rate: term.constraint_rate(predicted, e, rate)
+            end = lambda X, share=1.0: C + rate_of_C(correction(X, share))
 
-        def ahead(X, share=1.0):
-            if not term.rings:
-                return end(X, share) + slack
-            # A momentum carries on: what stopped at the edge would leave it again.
-            rate = add(rate_ahead, respond.rate(*changes(X, share)))
-            drift = term.drift(predicted, e, rate)
-            return end(X, share) + term.memory * rate_of_C(drift) + slack
+            def ahead(X, share=1.0):
+                if not term.rings:
+                    return end(X, share) + slack
+                # A momentum carries on: what stopped at the edge would leave it again.
+                rate = add(rate_ahead, respond.rate(*changes(X, share)))
+                drift = term.drift(predicted, e, rate)
+                return end(X, share) + term.memory * rate_of_C(drift) + slack
+
+            return correction, end, ahead
 
         active = term.active(e)
-        solution, left = multiplier(ahead, active, C)
+
+        # With Phi as it is known; and again, where it was not exact for what comes out.
+        def solve(carry):
+            e, _, _ = carry
+            found = multiplier(problem(e)[2], active, C)
+            e, again = term.exact_along(predicted, e, found[0].X)
+            return e, found, again
+
+        nothing = jax.eval_shape(lambda: multiplier(problem(e)[2], active, C))
+        nothing = tree_map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+        e, (solution, left), _ = jax.lax.while_loop(
+            lambda carry: carry[2], solve, (e, nothing, jnp.bool_(True))
+        )
+        correction, end, ahead = problem(e)
         X = solution.X
         share, until = jax.lax.cond(
             (rho > 0) & jnp.all(X == 0),
@@ -320,7 +337,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         settled = term.settled(s.expansion, e1, onset)
         state = _State(
             e1,
-            s.expansion,
+            term.remembered(s.expansion),
             y0,
             within(mean_forcing),
             within(forcing),

@@ -152,6 +152,17 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         over that of the one before. With `previous` None, the first expansion."""
 
     @abc.abstractmethod
+    def remembered(self, expansion: Any) -> Any:
+        """What `expand_ahead` and `onset` need of an expansion one step before."""
+
+    @abc.abstractmethod
+    def exact_along(
+        self, y: PyTree, expansion: Any, X: Float[Array, "k k"]
+    ) -> tuple[Any, Bool[Array, ""]]:
+        """Phi may be that of an earlier step. The expansion with a Phi that is exact
+        for this X; and whether it had not been."""
+
+    @abc.abstractmethod
     def responder(
         self, y: PyTree, expansion: Any, dt: Float[Array, ""]
     ) -> tuple[Callable[[PyTree, PyTree], PyTree], Any, Any]:
