@@ -47,7 +47,8 @@ def vectors(k: int, state: int) -> int:
 
 def carried(k: int, state: int) -> int:
     """How many there are in the state of the solver."""
-    return 2 * k + 24 + 4 * state
+    critical = max(k - 2, 1)
+    return 2 * k + critical * (critical + 1) // 2 + 24 + 4 * state
 
 
 def besides(k: int, state: int) -> int:

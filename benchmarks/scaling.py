@@ -52,7 +52,7 @@ EXPECTED = dict(
     ),
     critical=(
         "1 to 2, 1 to 2",
-        "k eigenvalues need k (k + 1) / 2 third derivatives and about 2 k + 2 "
+        "k eigenvalues need k to k (k + 1) / 2 third derivatives and about 2 k + 2 "
         "Hessian-vector products; the Krylov space hardly depends on k.",
     ),
 )

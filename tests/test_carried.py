@@ -39,27 +39,29 @@ def _term(loss, optimizer):
     return flow.term(flat, optimizer, {}, jnp.zeros(0, int), jnp.asarray(1e-2))
 
 
-def _expand(term, y, previous):
-    return term.expand_ahead(y, previous, previous, jnp.ones(()))
-
-
-def _step(quartic, optimizer=None, ahead=AHEAD, critical=SPAN, **staleness):
+def _step(
+    quartic, optimizer=None, ahead=AHEAD, critical=SPAN, held=1, ratio=1.0, **staleness
+):
     """The expansions at both ends, that at the second from the first; and the third
     derivatives there."""
     optimizer = cf.GradientDescent(1.0) if optimizer is None else optimizer
     term = _term(_loss(quartic), optimizer)
     w = jnp.zeros(SIZE)
-    # If nu is a state, P = nu^1/2 is 1 first, and then 1.01.
-    nu = lambda size: jax.tree.map(lambda x: 0 * x + size, optimizer.init(w))
-    y0, y1 = FlowState(w, nu(1.0), {}), FlowState(jnp.asarray(ahead), nu(1.01**2), {})
-    before = term.with_forces(y0, _expand(term, y0, None))
+    # If nu is a state, P = nu^1/2 is 1 first, and then another for each weight. (Being
+    # diagonal, it leaves the span of the first coordinates what it is.)
+    P = np.concatenate([[1.01, 0.99, 1.0], np.linspace(0.6, 2, SIZE - SPAN)])
+    fill = lambda P: lambda x: 0 * x + (P if x.ndim else P[0]) ** 2
+    nu = lambda P: jax.tree.map(fill(P), optimizer.init(w))
+    y0 = FlowState(w, nu(np.ones(SIZE)), {})
+    y1 = FlowState(jnp.asarray(ahead), nu(P), {})
+    before = term.with_forces(y0, term.expand_ahead(y0, None, None, jnp.zeros(())))
     before = dataclasses.replace(
         before,
         critical=jnp.int32(critical),
-        held=jnp.int32(1),
+        held=jnp.int32(held),
         staleness=dataclasses.replace(before.staleness, **staleness),
     )
-    after = _expand(term, y1, before)
+    after = term.expand_ahead(y1, before, before, jnp.asarray(ratio))
     count = int(after.critical)
     assert count == SPAN
     true = term.objective.thirds(y1.weights, after.eigenvectors[: term.room(y1)], count)
@@ -95,22 +97,56 @@ def test_those_of_a_new_direction_are_computed():
     )
 
 
-@pytest.mark.parametrize(("error", "change"), [(0.3, 0.0), (0.1, 0.15), (np.nan, 0.0)])
-def test_all_are_computed_once_they_are_stale(error, change):
+@pytest.mark.parametrize(
+    ("error", "change", "ratio"),
+    [(0.3, 0.0, 1.0), (0.1, 0.15, 1.0), (0.1, 0.09, 1.2), (np.nan, 0.0, 1.0)],
+)
+def test_all_are_computed_once_they_are_stale(error, change, ratio):
     error, change = jnp.asarray(error), jnp.asarray(change)
-    _, _, before, after, true = _step(1.0, error=error, change=change)
+    _, _, _, after, true = _step(1.0, ratio=ratio, error=error, change=change)
     assert int(after.work.third_derivatives) == 6
     np.testing.assert_array_equal(after.forces, true)
     assert after.staleness.exact
     assert after.staleness.error == 0
-    # By how much: of the whole tensor, whose off-diagonal pairs count twice, it does
-    # not depend on the basis.
-    turn = after.eigenvectors[:SPAN] @ before.eigenvectors[:SPAN].T
+
+
+@pytest.mark.parametrize("optimizer", [None, cf.RMSProp(1.0, 0.9, 0.0)])
+def test_how_much_they_changed_is_in_the_norm_of_P(optimizer):
+    """In |D|^2 = sum_ij D_ij' P^-1 D_ij, u' P u = 1, no units are left."""
+    nan = jnp.asarray(np.nan)
+    term, y1, before, after, true = _step(1.0, optimizer, error=nan)
+    P = np.broadcast_to(term.optimizer.preconditioner(y1.optimizer_state), SIZE)
+    U, V = before.eigenvectors[:SPAN], after.eigenvectors[:SPAN]
+    turn = (V * P) @ U.T @ np.linalg.inv((U * P) @ U.T)
     tensor = lambda forces: forces[np.array([[0, 1, 3], [1, 2, 4], [3, 4, 5]])]
     old = np.einsum("ia,jb,abn->ijn", turn, turn, tensor(before.forces))
-    expected = np.linalg.norm(tensor(true) - old) / np.linalg.norm(tensor(true))
+    size = lambda D: np.linalg.norm(D / np.sqrt(P))
+    expected = size(tensor(true) - old) / size(tensor(true))
     assert expected > 0.1
     np.testing.assert_allclose(after.staleness.change, expected, rtol=1e-8)
+
+
+def test_all_are_computed_where_that_is_no_dearer():
+    """Three pairs of a new direction and three along X are all there are."""
+    for held, computed in ((2, 3), (3, 6)):
+        _, _, _, after, _ = _step(0.0, critical=2, held=held)
+        assert int(after.work.third_derivatives) == computed
+        assert bool(after.staleness.exact) == (computed == 6)
+
+
+def test_going_on_with_forces_and_without():
+    """A solver state of either kind serves the other. Both are right to 1 %."""
+    objective, model = cf.Objective(_loss(0.01)), jnp.full(SIZE, 0.1)
+    predict = lambda carry, **start: cf.predict(
+        objective, model, cf.GradientDescent(1.0), 10,
+        flow=cf.CentralFlow(carry_third_derivatives=carry), **start,
+    )  # fmt: skip
+    for carry in (True, False):
+        first = predict(carry)
+        same, other = (
+            predict(x, solver_state=first.solver_state) for x in (carry, not carry)
+        )
+        np.testing.assert_allclose(other.loss, same.loss, rtol=2e-2)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

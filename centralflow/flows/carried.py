@@ -12,7 +12,8 @@ mostly within that span, and D changes by some percent. Now, D serves two purpos
   do, turned with the eigenvectors.
 
 So the complementarity problem is solved with the old D, D made exact along the X that
-comes out, and the problem solved again.
+comes out, and the problem solved again. (That X is a little different, and its forces
+are exact as far as it is not.)
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ def carried(
     turned = _matmul(_on_pairs(_matmul(Q, onto)), previous.forces)
     exact = objective.thirds(w, _matmul(Q, U), e.critical, known)
     forces = jnp.where((i >= known)[:, None], exact, turned)
-    forces = _matmul(_on_pairs(Q.T), forces)
+    forces = jnp.where(anew, exact, _matmul(_on_pairs(Q.T), forces))
 
     both = np.where(i == j, 1, 2).astype(w.dtype)
     size = lambda D: jnp.sqrt(jnp.sum(both * jnp.sum(D * D / P, axis=1)))

@@ -62,7 +62,7 @@ class CentralFlow(AbstractFlow):
         all pairs of critical eigenvectors from step to step, so that few are computed.
         Without, a prediction takes the memory of 1.5 (k - 2) (k - 1) vectors of
         parameters less, k the block size, and where many eigenvalues are critical up to
-        twice the work.
+        1.5 times the work.
 
     ??? cite "Reference"
 
@@ -183,6 +183,8 @@ class CentralFlow(AbstractFlow):
         if previous is not None:
             # The work of each part is counted by itself.
             expansion = dataclasses.replace(previous.expansion, work=Work())
+            if self.substeps is None:
+                expansion = term.with_room_for_forces(y, expansion)
             previous = dataclasses.replace(
                 previous, expansion=expansion, failure=no_failure()
             )

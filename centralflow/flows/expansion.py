@@ -81,6 +81,6 @@ class Expansion(eqx.Module):
 
     @property
     def affordable(self) -> Int[Array, ""]:
-        """Hessian-vector products that cost a twentieth of what the D_ij do: if there
+        """Hessian-vector products that cost a twentieth of what all D_ij do: if there
         are many, whatever makes steps longer is cheap."""
         return self.pairs // 10

@@ -20,7 +20,7 @@ from .carried import carried, exact_along
 from .central_term import CentralTerm
 from .coupling import coupling
 from .dense import crossing
-from .expansion import Expansion, Forcing, Slope
+from .expansion import Expansion, Forcing, Slope, Staleness
 from .leapfrog import RingingResponse, leapfrog
 from .observables import held
 from .response import Response, damped, relaxed_state, responder, state_decay
@@ -113,6 +113,17 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             P = self.optimizer.preconditioner(y.optimizer_state)
             return carried(self.objective, y.weights, P, previous, e, ratio)
         return self.with_forces(y, e)
+
+    def with_room_for_forces(self, y: FlowState, e: Expansion) -> Expansion:
+        """The expansion of a prediction that may have carried forces where this one
+        does not, or the other way round."""
+        rows = self.room(y) if self.carry_forces else 0
+        shape = (rows * (rows + 1) // 2, y.weights.size)
+        if e.eigenvectors.shape[0] != self.block_size or e.forces.shape == shape:
+            return e
+        staleness = Staleness.of(False, y.weights.dtype)
+        forces = jnp.zeros(shape, y.weights.dtype)
+        return dataclasses.replace(e, forces=forces, staleness=staleness)
 
     def remembered(self, e: Expansion) -> Expansion:
         return dataclasses.replace(e, forces=e.forces[:0])
