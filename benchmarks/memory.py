@@ -41,8 +41,11 @@ def vectors(k: int, state: int) -> int:
     k eigenvectors and an optimizer state of so many vectors."""
     critical = max(k - 2, 1)
     eigenvectors = 17 * k
-    response = critical * (critical + 1) // 2 + 48 + 3 * k + 26
-    return 3 * carried(k, state) + 2 * state + 16 + max(eigenvectors, response)
+    third = critical * (critical + 1) // 2
+    response = third + 48 + 3 * k + 26
+    turned = 3 * third + 3 * k + 26
+    most = max(eigenvectors, response, turned)
+    return 3 * carried(k, state) + 2 * state + 16 + most
 
 
 def carried(k: int, state: int) -> int:
