@@ -112,7 +112,7 @@ class CentralFlow(AbstractFlow):
         self.substeps = None if substeps is None else jnp.asarray(substeps)
         self.renew_every = jnp.asarray(renew_every)
         self.block_size = int(block_size)
-        self.carry_third_derivatives = bool(carry_third_derivatives)
+        self.carry_third_derivatives = carry_third_derivatives
         self.eigen_tolerance = (
             None if eigen_tolerance is None else real(eigen_tolerance)
         )

@@ -131,6 +131,8 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     def exact_along(
         self, y: FlowState, e: Expansion, X: Float[Array, "k k"]
     ) -> tuple[Expansion, Bool[Array, ""]]:
+        if not self.carry_forces:
+            return e, jnp.bool_(False)
         P = self.optimizer.preconditioner(y.optimizer_state)
         exact = exact_along(self.objective, y.weights, P, e, X)
         return exact, ~e.staleness.exact
