@@ -99,6 +99,23 @@ def test_those_of_a_new_direction_are_computed():
     )
 
 
+@pytest.mark.parametrize(("cosine_sq", "computed"), [(0.85, 3), (0.95, 0)])
+def test_a_direction_that_is_partly_new(cosine_sq, computed):
+    """One that has turned out of the span by more than a tenth of its square is not
+    taken to be known."""
+    term, y1, before, _, _ = _step(0.0)
+    cosine, sine = np.sqrt(cosine_sq), np.sqrt(1 - cosine_sq)
+    U = before.eigenvectors
+    U = U.at[2].set(cosine * U[2] + sine * U[3])
+    old = dataclasses.replace(before, eigenvectors=U, critical=jnp.int32(SPAN))
+    old = term.with_forces(FlowState(jnp.zeros(SIZE), jnp.zeros(()), {}), old)
+    after = term.expand_ahead(y1, old, old, jnp.ones(()))
+    assert int(after.work.third_derivatives) == computed
+    true = term.with_forces(y1, after).forces
+    off = np.max(np.abs(after.forces - true)) / np.max(np.abs(true))
+    assert (off < 1e-9) == (computed == 3)
+
+
 @pytest.mark.parametrize(
     ("error", "change", "ratio"),
     [(0.3, 0.0, 1.0), (0.1, 0.15, 1.0), (0.1, 0.09, 1.2), (np.nan, 0.0, 1.0)],

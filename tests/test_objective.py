@@ -47,6 +47,8 @@ def test_derivatives_match_dense_ones():
         np.testing.assert_allclose(
             D[row], jnp.einsum("abc,a,b", T, V[i], V[j]), **exact
         )
+    along = flat.thirds_along(w, V, 4)
+    np.testing.assert_allclose(along, jnp.einsum("abc,ia,ib->ic", T, V, V), **exact)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -62,6 +64,16 @@ def test_dynamic_count(count):
     assert not jnp.any(thirds[pairs:])
     np.testing.assert_allclose(
         thirds[:pairs], flat.thirds(w, V, 4)[:pairs], rtol=1e-4, atol=1e-5
+    )
+    # Those of the first row are not computed if they are known.
+    others = eqx.filter_jit(flat.thirds)(w, V, jnp.asarray(count), jnp.asarray(1))
+    assert not jnp.any(others[:1])
+    np.testing.assert_allclose(others[1:], thirds[1:], rtol=1e-4, atol=1e-5)
+    along = eqx.filter_jit(flat.thirds_along)(w, V, jnp.asarray(count))
+    assert not jnp.any(along[count:])
+    diagonal = [i * (i + 1) // 2 + i for i in range(count)]
+    np.testing.assert_allclose(
+        along[:count], thirds[jnp.asarray(diagonal, int)], rtol=1e-4, atol=1e-5
     )
 
 
