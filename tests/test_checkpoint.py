@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -20,44 +19,7 @@ import centralflow as cf
 from centralflow import checkpoint, integrate, running
 from centralflow.sharding import Processes
 
-from .problems import tiny_loss, tiny_network
-
-STEPS = 30
-KEPT = dict(weight_times=[7, 20], coordinates=[0, 3])
-METRICS = dict(norm=lambda m: jnp.sum(m["A"] ** 2))
-MEASURED = dict(sharpness_every=5, sharpness_count=2)
-
-
-def problem(dtype=jnp.float32):
-    model, data = tiny_network(dtype)
-    optimizer = cf.RMSProp(0.02, 0.9, 1e-6, bias_correction=True)
-    return dict(
-        objective=cf.Objective(tiny_loss, data),
-        model=model,
-        optimizer=optimizer,
-        steps=STEPS,
-        metrics=METRICS,
-        **KEPT,
-    )
-
-
-def run(fn, **changes):
-    """A run of `train`, or of the flow that is quickest to compile."""
-    chosen = MEASURED if fn is cf.train else dict(flow=cf.StableFlow(), times=[0.5, 30])
-    return fn(**(problem() | chosen | changes))
-
-
-def assert_same(found, wanted):
-    """Bit by bit; but it may have taken another time."""
-    for name in vars(wanted):
-        if name not in ("stats", "result"):
-            a, b = (jax.tree.leaves(getattr(x, name)) for x in (found, wanted))
-            assert len(a) == len(b), name
-            for x, y in zip(a, b, strict=True):
-                np.testing.assert_array_equal(x, y, err_msg=name)
-    assert found.result == wanted.result
-    for name, value in wanted.stats.items():
-        assert "seconds" in name or found.stats[name] == value, name
+from .short_runs import STEPS, assert_same, problem, run
 
 
 @pytest.fixture(scope="module", params=[cf.train, cf.predict], ids=["train", "predict"])
@@ -156,162 +118,6 @@ def test_a_failed_run_stays_failed(tmp_path):
                 objective, jnp.array([1.0, 2.0]), cf.GradientDescent(1.0), 1000,
                 checkpoint=tmp_path / "run.ckpt",
             )  # fmt: skip
-
-
-_other = [
-    (dict(steps=31), "steps"),
-    (dict(optimizer=cf.RMSProp(0.02, 0.9, 2e-6, bias_correction=True)), "optimizer"),
-    (dict(optimizer=cf.RMSProp(0.02, 0.9, 1e-6)), "optimizer"),
-    (dict(optimizer=cf.RMSProp(lambda t: 0.02, 0.9, 1e-6, True)), "learning_rate"),
-    (dict(optimizer=cf.GradientDescent(0.02)), "optimizer"),
-    (dict(model=tiny_network(jnp.float32, seed=1)[0]), "model"),
-    (dict(metrics=None), "metrics"),
-    (dict(metrics=dict(other=METRICS["norm"])), "metrics"),
-    (dict(weight_times=[7]), "weight_times"),
-    (dict(coordinates=None), "coordinates"),
-    (dict(objective=cf.Objective(tiny_loss, tiny_network(float, seed=2)[1])), "data"),
-    (
-        dict(
-            objective=cf.Objective(
-                lambda m, batch: 2 * tiny_loss(m, batch), problem()["objective"].data
-            )
-        ),
-        "loss_fn",
-    ),
-]
-_other_train = [
-    (dict(sharpness_every=6), "sharpness_every"),
-    (dict(sharpness_count=1), "sharpness_count"),
-]
-_other_predict = [
-    (dict(times=[0.5, 29]), "times"),
-    (dict(rtol=1e-4), "rtol"),
-    (dict(flow=cf.CentralFlow(1)), "flow"),
-]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A checkpoint of each."""
-    folder = tmp_path_factory.mktemp("files")
-    paths = {fn: folder / fn.__name__ for fn in (cf.train, cf.predict)}
-    for fn, path in paths.items():
-        run(fn, checkpoint=path)
-    return paths
-
-
-@pytest.mark.parametrize(
-    ("fn", "change", "name"),
-    [(fn, *case) for fn in (cf.train, cf.predict) for case in _other]
-    + [(cf.train, *case) for case in _other_train]
-    + [(cf.predict, *case) for case in _other_predict],
-)
-def test_another_run_is_refused(files, fn, change, name):
-    path = files[fn]
-    before = path.read_bytes()
-    message = rf"`checkpoint`.*centralflow \d.*another run, with other .*`{name}`"
-    with pytest.raises(ValueError, match=message):
-        run(fn, checkpoint=path, **change)
-    assert path.read_bytes() == before
-
-
-def test_the_other_function_is_refused(files):
-    with pytest.raises(ValueError, match=r"`checkpoint`.*`function`"):
-        run(cf.train, checkpoint=files[cf.predict])
-
-
-def test_smaller_microbatches_go_on(files, unbroken):
-    fn, wanted = unbroken
-    data = problem()["objective"].data
-    objective = cf.Objective(tiny_loss, data, microbatch_size=4)
-    assert_same(run(fn, objective=objective, checkpoint=files[fn]), wanted)
-
-
-def test_the_same_schedule_goes_on(tmp_path):
-    """Two functions that are the same are not the same object."""
-    for _ in range(2):
-        rate = lambda step: 0.02 / (1 + step)
-        run(
-            cf.train,
-            optimizer=cf.GradientDescent(rate),
-            checkpoint=tmp_path / "run.ckpt",
-        )
-    with pytest.raises(ValueError, match="`learning_rate`"):
-        run(
-            cf.train,
-            optimizer=cf.GradientDescent(lambda step: 0.02 / (1.1 + step)),
-            checkpoint=tmp_path / "run.ckpt",
-        )
-
-
-class _Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("kind", ["pickle", "npz", "npy", "cut", "text", "trajectory"])
-def test_other_files_are_refused_and_nothing_in_them_runs(files, kind, tmp_path):
-    path, made = tmp_path / "file", tmp_path / "made"
-    pickled = np.array([_Payload(made)], dtype=object)
-    with path.open("wb") as file:
-        if kind == "pickle":
-            pickle.dump(_Payload(made), file)
-        elif kind == "npz":
-            np.savez(file, header=pickled, loss=pickled)
-        elif kind == "npy":
-            np.save(file, pickled)
-        elif kind == "cut":
-            whole = files[cf.train].read_bytes()
-            file.write(whole[: len(whole) // 2])
-        elif kind == "text":
-            file.write(b"loss,step\n1.0,1\n")
-    if kind == "trajectory":
-        run(cf.train).save(path)
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"`checkpoint`: .*file'"):
-        run(cf.train, checkpoint=path)
-    if kind != "trajectory":
-        with pytest.raises(ValueError, match=r"`path`: .*file'"):
-            cf.Trajectory.load(path)
-    assert not made.exists()
-    assert path.read_bytes() == before
-    if kind == "pickle":  # it would have
-        pickle.loads(before)
-        assert made.exists()
-
-
-@pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize("fn", [cf.train, cf.predict])
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (dict(checkpoint=3), ValueError, "`checkpoint`.*3"),
-        (dict(checkpoint="a/b"), FileNotFoundError, "`checkpoint`.*'a'"),
-        (dict(checkpoint="."), IsADirectoryError, "`checkpoint`.* is a folder"),
-        (dict(checkpoint_every=3), ValueError, "`checkpoint_every` is 3.*`checkpoint`"),
-        (dict(checkpoint="a", checkpoint_every=0), ValueError, "`checkpoint_every`"),
-        (dict(checkpoint="a", checkpoint_every=2.5), ValueError, "`checkpoint_every`"),
-    ],
-)
-def test_bad_arguments(fn, arguments, error, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=message):
-        run(fn, **arguments)
-
-
-@pytest.mark.parametrize("fn", [cf.train, cf.predict])
-def test_not_under_jit(fn, tmp_path):
-    def loss(rate):
-        optimizer = cf.GradientDescent(rate)
-        return run(fn, optimizer=optimizer, checkpoint=tmp_path / "run.ckpt").loss
-
-    with pytest.raises(ValueError, match=r"`checkpoint`.*`jax\.jit`"):
-        jax.jit(loss)(0.1)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_at_once(monkeypatch, tmp_path):
