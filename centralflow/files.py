@@ -20,10 +20,10 @@ _FORMATS = dict(
 )
 
 
-def package_version() -> str:
-    """That of centralflow."""
+def package_version(name: str = "centralflow") -> str:
+    """That of the package `name`."""
     try:
-        return importlib.metadata.version("centralflow")
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a copy of the source
         return "unknown"
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import centralflow as cf
+from centralflow.precision import full_precision
 
 
 def tiny_network(dtype, width=6, examples=11, inputs=3, outputs=2, seed=0):
@@ -21,6 +22,7 @@ def tiny_network(dtype, width=6, examples=11, inputs=3, outputs=2, seed=0):
     return model, data
 
 
+@full_precision
 def tiny_loss(model, batch):
     x, y = batch
     hidden = jnp.tanh(x @ model["A"].T + model["b"])
@@ -47,6 +49,7 @@ def reference(name):
         jax.nn.one_hot(arrays["y"], 10),
     )
 
+    @full_precision
     def loss(model, batch):
         x, y = batch
         for layer in ("1", "3"):

@@ -38,7 +38,8 @@ def _jitted(A, v, count):
 
 
 def _check_orthonormal(space, rows, atol):
-    gram = np.asarray(space.basis @ space.basis.T)
+    basis = np.asarray(space.basis)
+    gram = basis @ basis.T
     np.testing.assert_allclose(gram, np.diag(np.arange(MOST) < rows), atol=atol)
     np.testing.assert_array_equal(space.basis[rows:], 0)
 

@@ -151,8 +151,10 @@ def test_a_convolution_is_one():
     conv = eqx.tree_at(
         lambda c: (c.weight, c.bias), conv, (kernel, layer.linear.bias[:, None, None])
     )
-    expected = jnp.moveaxis(conv(jnp.moveaxis(x, -1, 0)), 0, -1)
-    np.testing.assert_allclose(_call(layer, x), expected, atol=1e-5)  # float32 rounding
+    with jax.default_matmul_precision("highest"):  # on GPUs, too
+        expected = jnp.moveaxis(conv(jnp.moveaxis(x, -1, 0)), 0, -1)
+        actual = _call(layer, x)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)  # float32 rounding
 
 
 @pytest.mark.usefixtures("x64")

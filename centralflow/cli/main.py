@@ -1,10 +1,10 @@
 """The commands, together."""
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from ..files import package_version
 from .demo import demo
 from .errors import Group
 from .run import run
@@ -28,7 +28,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"centralflow {version('centralflow')}")
+        typer.echo(f"centralflow {package_version()}")
         raise typer.Exit
     return wanted
 

@@ -3,7 +3,6 @@
 import contextlib
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import typer
 from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
+from ..files import package_version
 from ..flows.base import FlowState
 from ..running import check_start, show_progress
 from ..train import train
@@ -244,7 +244,7 @@ def _plain(tree: PyTree) -> PyTree:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in _PACKAGES}
+    found = {name: package_version(name) for name in _PACKAGES}
     return dict(python=platform.python_version()) | found
 
 
