@@ -17,6 +17,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,25 @@ def one(width: int, k: int, microbatch: int, name: str) -> None:
     optimizer = scaled(0.5 * below.critical_sharpness / below.sharpness[0, 0])
     del below
     gc.collect()
+    peak = peak_of_device if jax.devices()[0].memory_stats() else peak_of_process
+    print(peak(lambda: predict(optimizer, 5)) / (4 * n))
+
+
+def peak_of_process(fn: Callable) -> int:
+    """In bytes, what it takes to call `fn` more than is taken now."""
     ctypes.CDLL(None).malloc_trim(0)
     before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    predict(optimizer, 5)
-    peak = kilobytes("VmHWM") - before
-    print(1024 * peak / (4 * n))
+    fn()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+def peak_of_device(fn: Callable) -> int:
+    """Likewise on a GPU. The peak is that since the process began."""
+    stats = jax.devices()[0].memory_stats
+    before = stats()["bytes_in_use"]
+    fn()
+    return stats()["peak_bytes_in_use"] - before
 
 
 def kilobytes(what: str) -> int:
