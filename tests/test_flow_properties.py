@@ -129,24 +129,34 @@ def test_an_eigenvalue_that_comes_back():
     _complementarity(Problem(1376, 0.75))
 
 
-def _doubled(problem):
-    one, two = problem.predict(), problem.predict(second=1.0)
+def _doubled(problem, carry, apart):
+    flow = cf.CentralFlow(carry_third_derivatives=carry)
+    one, two = problem.predict(flow=flow), problem.predict(second=1.0, flow=flow)
     # Each is right to 3 rtol, as of test_long_steps.py.
     assert _difference(two.loss, 2 * one.loss) < 3 * RTOL
     assert np.nanmax(two.sharpness) <= 2 * (1 + 1.5 * VIOLATION)
     # Where one is held, so is the other: they are not torn apart, though no sum of an
-    # eigenvector here and one there is better than another. The error of each may be
-    # 3 rtol; in 41 problems they were apart by up to 1.43 rtol (0.97 with the third
-    # derivatives computed anew in each step).
+    # eigenvector here and one there is better than another.
     first, second = two.weights[:, :SIZE], two.weights[:, SIZE:]
     travelled = np.linalg.norm(first[-1] - first[0])
-    assert np.max(np.linalg.norm(first - second, axis=1)) < 2 * RTOL * travelled
+    assert np.max(np.linalg.norm(first - second, axis=1)) < apart * travelled
 
 
 @_examples(4, 40)
 def test_double_eigenvalues(examples):
     """Two equal networks side by side go as one alone, at twice the loss."""
-    _check(examples, _doubled, problems)
+    _check(examples, lambda x: _doubled(x, carry=False, apart=RTOL), problems)
+
+
+@_examples(4, 40)
+def test_double_eigenvalues_with_carried_third_derivatives(examples):
+    # Apart by up to 1.43 rtol in 41 problems, less than 3 rtol, the error of each.
+    _check(examples, lambda x: _doubled(x, carry=True, apart=2 * RTOL), problems)
+
+
+@pytest.mark.xfail(strict=True, reason="1.43 rtol apart", raises=AssertionError)
+def test_carried_third_derivatives_keep_double_eigenvalues_together():
+    _doubled(Problem(0, 0.9375), carry=True, apart=RTOL)
 
 
 def _reordered(problem, order, rows):
