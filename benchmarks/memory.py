@@ -5,10 +5,10 @@
 
 Of the compiled integration XLA says how much memory it takes for its arguments, its
 results and in between. That, and on Linux the peak of a process that predicts a few
-steps, is compared with the formulas of docs/scale.md, in vectors of n numbers. The
-process is run twice: so that all memory which is given back is gone at once, and as it
-is, with what glibc keeps. Networks of a million and ten million parameters, with 64
-examples, so that the vectors outweigh the activations.
+steps, or of the GPU that it uses, is compared with the formulas of docs/scale.md, in
+vectors of n numbers. The process is run twice: so that all memory which is given back
+is gone at once, and as it is, with what glibc keeps. Networks of a million and ten
+million parameters, with 64 examples, so that the vectors outweigh the activations.
 """
 
 import argparse
