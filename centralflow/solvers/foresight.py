@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-# An error that a step inherits is accepted up to so many times the tolerance.
-_INHERITED = 2.0
+# Lengths are chosen for errors below the tolerance; a step is accepted with one up to so
+# many times that. (With 2.5 the oscillation of a run of gradient descent is off by 6 %
+# instead of 5 %, for 4 % less work.)
+_PERMITTED = 2.0
 
 
 class _State(eqx.Module):
@@ -17,8 +19,6 @@ class _State(eqx.Module):
     end: Float[Array, ""]
     total: PyTree
     proposed: Float[Array, ""]  # the length of the next step
-    # Length and error of the last step, if it was rejected; else zero.
-    rejected: tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
@@ -30,12 +30,13 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     at most so long that no row, at its last speed, exceeds the constraint by more than
     the tolerance allows.
 
-    An error that a step makes falls with its length, at least; one that it inherits, of
-    a multiplier or of fast modes that the last step left a little wrong, need not. If a
-    rejected step was made shorter and its error, below twice the tolerance, has hardly
-    fallen, the step is kept: else it might be made 50 times shorter, for an error that
-    the last step was permitted to make. (The error of a jump within a step does not
-    fall either: a small one of the learning rate may be kept so, too.)
+    A step is accepted with an error of up to twice the tolerance, and the next is
+    shorter: to do it again would cost as much as a step, to make one error of many half
+    as large. Nor would the error fall, if the step inherits it, of a multiplier or of
+    fast modes that the last step left a little wrong: the step might be made 50 times
+    shorter, for an error that the last one was permitted to make. (The error of a jump
+    within a step does not fall either: a small one of the learning rate may be accepted
+    so, too.)
 
     The last step of an integration is cut to end there. Far shorter than those before
     it, it would not resolve the multiplier; so the last two are made equal. The step
@@ -69,8 +70,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
             terms, t0, t1, y0, dt0, args, func, error_order
         )
         zero = jax.tree.map(jnp.zeros_like, y0.observables["work"])
-        none = jnp.zeros_like(t1 - t0)
-        return t1, _State(inner, end, zero, t1 - t0, (none, none))
+        return t1, _State(inner, end, zero, t1 - t0)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
@@ -81,17 +81,12 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         # A step that cannot be made shorter: the next is the same in this precision.
         after = lambda t0, t1: jnp.maximum(t1, jnp.nextafter(t0, jnp.inf))
         next_t1 = after(next_t0, next_t1)
-        dt, error = t1 - t0, self.norm(y_error) / self.atol
-        dt_before, error_before = controller_state.rejected
-        shorter = dt / jnp.where(dt_before > 0, dt_before, 1)
-        inherited = error > error_before * jnp.sqrt(shorter)
-        inherited &= (dt_before > 0) & (error < _INHERITED)
-        inherited &= dt > 2 * self.controller.dtmin
-        in_spite = ~keep & (inherited | (next_t1 >= t1))
+        permitted = self.norm(y_error) < _PERMITTED * self.atol
+        in_spite = ~keep & (permitted | (next_t1 >= t1))
+        shorter = jnp.minimum(next_t1, t1) - next_t0
         keep = keep | in_spite
         next_t0 = jnp.where(in_spite, t1, next_t0)
-        next_t1 = jnp.where(in_spite, t1 + dt, next_t1)
-        rejected = tuple(jnp.where(keep, 0, x).astype(dt.dtype) for x in (dt, error))
+        next_t1 = jnp.where(in_spite, t1 + shorter, next_t1)
         left, speed = y_error.observables["approach"]
         allowed = 0.7 * jnp.sqrt(self.atol)
         longest = jnp.min(
@@ -112,5 +107,5 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         last_two = (next_t1 < end) & (left < 2 * (next_t1 - next_t0))
         next_t1 = jnp.where(last_two, next_t0 + left / 2, next_t1)
         total = controller_state.total + y_error.observables["work"]
-        state = _State(inner, end, total, proposed, rejected)
+        state = _State(inner, end, total, proposed)
         return keep, next_t0, next_t1, jump, state, result
