@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-# Lengths are chosen for errors below the tolerance; a step is accepted with one up to so
-# many times that. (With 2.5 the oscillation of a run of gradient descent is off by 6 %
-# instead of 5 %, for 4 % less work.)
+# Lengths are chosen for errors below the tolerance; a step is accepted with one up to
+# so many times that. (With 2.5 the oscillation of a run of gradient descent is off by
+# 6 % instead of 5 %, for 4 % less work.)
 _PERMITTED = 2.0
 
 
