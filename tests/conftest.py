@@ -35,6 +35,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def full_precision():
+    """The matrix products of the losses of a module, on GPUs too, where the default has
+    three digits: too few to compare two programs, or a run that amplifies errors."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture
 def untyped():
     """One test as users run it, without checks of types: for arguments that are wrong

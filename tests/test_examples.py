@@ -12,6 +12,8 @@ import pytest
 import centralflow as cf
 from centralflow.optimizers.rmsprop import SecondMoment
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {
     "cnn": dict(widths=(2,), size=20, learning_rate=0.05, warm_start=3, steps=12),

@@ -97,7 +97,8 @@ def test_microbatches_are_exact(size):
 
 
 def test_microbatches_bound_memory():
-    model, data = tiny_network(jnp.float32, width=32, examples=4096)
+    # So many because the matrix products of a GPU have a workspace of 32 MiB besides.
+    model, data = tiny_network(jnp.float32, width=32, examples=2**20)
 
     def temporary_bytes(size):
         w, flat = cf.Objective(tiny_loss, data, microbatch_size=size).flatten(model)
@@ -107,7 +108,7 @@ def test_microbatches_bound_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     # 64 times smaller batches; what does not shrink is the blocks of vectors.
-    assert temporary_bytes(64) < temporary_bytes(None) / 16
+    assert temporary_bytes(2**14) < temporary_bytes(None) / 16
 
 
 @pytest.mark.usefixtures("x64")

@@ -22,6 +22,8 @@ from centralflow import running
 from centralflow.__main__ import app
 from centralflow.cli import problem, processes, settings, show, store
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 TINY = ("--size", 30, "--test-size", 10, "--width", 5, "--learning-rate", 0.8)
 SHORT = (*TINY, "--steps", 12, "--log-every", 2, "--checkpoint-every", 4)
 SHORT = (*SHORT, "--eigenvalues", 2)
