@@ -174,12 +174,13 @@ def explain(
     seen: Failure,
     objective: Any,
     term: diffrax.AbstractTerm,
-    start: Any,
+    first_loss: Float[Array, ""],
     t1: Array,
     solution: diffrax.Solution,
 ) -> Failure:
-    """Whether the integration of a flow from `start` to t1 failed, when, and why, given
-    what its solver has `seen`."""
+    """Whether the integration of a flow to t1 failed, when, and why, given what its
+    solver has `seen`. (The first loss is that of the run, not that of this stretch of
+    it: where stretches begin must not matter.)"""
     series, (time, y) = solution.ys["series"], solution.ys["end"]
     time, y = jax.tree.map(lambda x: x[0], (time, y))
     # A block that fills up in the very last step does no harm.
@@ -192,8 +193,7 @@ def explain(
     def explained() -> Failure:
         rate = term.vf(time, y, None).weights
         found = look_ahead(objective.value_and_grad, y.weights, rate, failure)
-        losses = (objective.loss(x.weights) for x in (start, y))
-        return or_divergence(found, *losses)
+        return or_divergence(found, first_loss, objective.loss(y.weights))
 
     failure = jax.lax.cond(failure.failed, explained, lambda: failure)
     return or_nothing(first_of(failure, series_failure(series)))

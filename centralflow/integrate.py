@@ -54,6 +54,7 @@ class Progress(eqx.Module):
     solver: Any
     controller: PausingState
     before: PyTree[Array]  # the optimizer state one step before the end, once there
+    first_loss: Float[Array, ""]
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
     reports: Int[Array, ""]
@@ -244,6 +245,7 @@ def _enlarged(
     larger = dataclasses.replace(
         larger,
         before=now.before,
+        first_loss=now.first_loss,
         accepted=now.accepted,
         rejected=now.rejected,
         reports=now.reports,
@@ -277,6 +279,7 @@ def _start(
     _, controller_state = problem.controller().init(
         term, t0, t1, y, dt, None, solver.func, solver.error_order(term)
     )
+    observed = flow.observe(term, t0, y)
     none = jnp.int32(0)
     now = Progress(
         time=t0,
@@ -284,6 +287,7 @@ def _start(
         solver=state,
         controller=controller_state,
         before=y.optimizer_state,
+        first_loss=observed["loss"],
         accepted=none,
         rejected=none,
         reports=none,
@@ -293,7 +297,7 @@ def _start(
     )
     # Arrays whose type does not depend on what made them: the same program takes them.
     now = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), now)
-    rows = dict(t=t0, **flow.observe(term, t0, y)), dict(t=t0, weights=y.weights)
+    rows = dict(t=t0, **observed), dict(t=t0, weights=y.weights)
     return now, jax.tree.map(lambda x: x[None], rows)
 
 
@@ -346,7 +350,7 @@ def _integrate(
     (time, y), (t_before, before) = row("end"), row("before")
     paused = solution.result == diffrax.RESULTS.max_steps_reached
     seen = choose(paused, no_failure(), flow.failure(solution))
-    failure = explain(seen, problem.objective, term, now.y, t1, solution)
+    failure = explain(seen, problem.objective, term, now.first_loss, t1, solution)
     paused = paused & ~failure.failed
     series, snapshots = solution.ys["series"], solution.ys["snapshots"]
     reached = jnp.isfinite(series["t"])
@@ -368,6 +372,7 @@ def _integrate(
         accepted=now.accepted + solution.stats["num_accepted_steps"],
         rejected=now.rejected + solution.stats["num_rejected_steps"],
         reports=reports,
+        first_loss=now.first_loss,
         begun=now.begun,
         work=flow.work(now.begun, account, reports),
         earlier=now.earlier,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import centralflow as cf
+from centralflow import running
 from centralflow.flows import FlowState
 from centralflow.flows.base import Work
 from centralflow.solvers import ForesightController, Pause, PausingController
@@ -194,7 +195,7 @@ def _rows(trajectory):
     CASES,
     ids=[f"{code}-{run}" for _, run, code, *_ in CASES],
 )
-def test_failure(switches, run, code, earliest, latest, text, tmp_path):
+def test_failure(switches, run, code, earliest, latest, text, tmp_path, monkeypatch):
     with pytest.raises(cf.NumericalFailure) as info:
         RUN[run](_objective(**switches))
     failed, message = info.value.trajectory, str(info.value)
@@ -220,6 +221,8 @@ def test_failure(switches, run, code, earliest, latest, text, tmp_path):
     assert np.all(np.isfinite(failed.weights))
     assert failed.stats["accepted_steps"] + failed.stats["rejected_steps"] < 200
 
+    # In stretches of a single step it fails alike.
+    monkeypatch.setattr(running, "_CHUNK_SECONDS", 0.0)
     returned = RUN[run](_objective(**switches), throw=False)
     failed.save(tmp_path / "failed.npz")
     loaded = cf.Trajectory.load(tmp_path / "failed.npz")
