@@ -19,7 +19,9 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     that each, kept at 1e-2, leaves an error of the order of 1e-2 in the loss, or less.
 
     - `path`: the defect of the Runge-Kutta step, over the length of the path, in the
-        norm of P.
+        norm of P. Ten times that before the edge, while the loss falls ever faster, as
+        it does when a plateau is left: how late it is will matter more than it does
+        now.
     - `loss`, `correction`: what the defect and the correction mean for the loss, over
         the loss.
     - `jump`: the correction over the length of the path.
@@ -41,12 +43,16 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     norm = lambda v: jnp.sqrt(jnp.sum(P * v * v))
     tiny = jnp.finfo(step.dt.dtype).tiny
     distance = term.distance(step.y0, step.y1)
-    loss = jnp.maximum(jnp.abs(e0.slope.loss), jnp.abs(e.slope.loss)) + tiny
+    size = lambda e: jnp.abs(e.slope.loss) + tiny
+    loss = jnp.maximum(size(e0), size(e))
     # Where the flow comes to rest, a distance d matters for its kappa d^2 / 2 of loss.
     # (That of a loss of exactly zero would be flushed to zero, and the errors be 0/0.)
     rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa) + tiny
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
+    fall = lambda e, rate: jnp.abs(e.slope.gradient @ rate.weights) / size(e)
+    faster = fall(e, step.rate1) > fall(e0, step.rate0)
+    before_the_edge = (e0.held == 0) & (e.held == 0)
 
     rows = jnp.arange(e.sharpness.size) < e.critical
     before, predicted, after = (
@@ -78,7 +84,9 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
         between = jnp.abs(step.middle - cubic) / loss
     return dict(
-        path=0.05 * norm(defect) / (distance + rest),
+        path=jnp.where(before_the_edge & faster, 0.5, 0.05)
+        * norm(defect)
+        / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
         correction=jnp.abs(gradient @ correction) / loss,
         jump=0.1 * jump * beyond_noise(0.1),
