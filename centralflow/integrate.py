@@ -54,7 +54,7 @@ class Progress(eqx.Module):
     solver: Any
     controller: PausingState
     before: PyTree[Array]  # the optimizer state one step before the end, once there
-    first_loss: Float[Array, ""]
+    first_loss: Float[Array, ""]  # whose growth is called divergence
     accepted: Int[Array, ""]
     rejected: Int[Array, ""]
     reports: Int[Array, ""]

@@ -301,7 +301,6 @@ def test_third_derivatives_are_carried(network):
     """In as many steps, and as accurate, with fewer of them."""
     fixed, flows = network
     flow = cf.CentralFlow(carry_third_derivatives=False)
-    counts = []
     for rtol in (1e-2, 1e-3):
         without = _predict(0.5, rtol, flow=flow)
         tried = [
@@ -309,15 +308,20 @@ def test_third_derivatives_are_carried(network):
             for f in (flows[rtol], without)
         ]
         assert tried[0] < 1.1 * tried[1]
-        counts.append([f.stats["third_derivatives"] for f in (flows[rtol], without)])
+        # With another rate, too, for single counts scatter by a tenth, with the lengths
+        # of steps. Measured: 0.47 and 0.58; at this rate alone 0.78 and 0.94.
+        pairs = [(flows[rtol], without)]
+        pairs += [(_predict(0.6, rtol), _predict(0.6, rtol, flow=flow))]
+        carried, computed = (
+            sum(f.stats["third_derivatives"] for f in some)
+            for some in zip(*pairs, strict=True)
+        )
+        assert carried < 0.75 * computed
         for f in (flows[rtol], without):
             assert _error(f.loss, fixed.loss) < 3 * rtol + 3e-4
             variances = [np.sum(x.oscillation, axis=1) for x in (f, fixed)]
             off = np.sum(np.abs(variances[0] - variances[1])) / np.sum(variances[1])
             assert off < 3 * rtol + 1e-3
-    # In a single run the count scatters by a tenth, with the lengths of its steps.
-    carried, computed = np.sum(counts, axis=0)
-    assert carried < 0.9 * computed
 
 
 def test_the_constraint_along_a_run(network):

@@ -1,4 +1,5 @@
-"""Oscillations that change while nothing else does."""
+"""What long steps must not miss: oscillations that change while nothing else does, and
+how late a plateau is left."""
 
 import jax.numpy as jnp
 import numpy as np
