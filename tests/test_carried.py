@@ -56,14 +56,16 @@ def _step(
     nu = lambda P: jax.tree.map(fill(P), optimizer.init(w))
     y0 = FlowState(w, nu(np.ones(SIZE)), {})
     y1 = FlowState(jnp.asarray(ahead), nu(P), {})
-    before = term.with_forces(y0, term.expand_ahead(y0, None, None, jnp.zeros(())))
+    before = term.with_forces(
+        y0, term.expand_ahead(y0, None, None, jnp.zeros(()), jnp.zeros(()))
+    )
     before = dataclasses.replace(
         before,
         critical=jnp.int32(critical),
         held=jnp.int32(held),
         staleness=dataclasses.replace(before.staleness, **staleness),
     )
-    after = term.expand_ahead(y1, before, before, jnp.asarray(ratio))
+    after = term.expand_ahead(y1, before, before, jnp.asarray(ratio), jnp.zeros(()))
     count = int(after.critical)
     assert count == SPAN
     true = term.objective.thirds(y1.weights, after.eigenvectors[: term.room(y1)], count)
@@ -109,7 +111,7 @@ def test_a_direction_that_is_partly_new(cosine_sq, computed):
     U = U.at[2].set(cosine * U[2] + sine * U[3])
     old = dataclasses.replace(before, eigenvectors=U, critical=jnp.int32(SPAN))
     old = term.with_forces(FlowState(jnp.zeros(SIZE), jnp.zeros(()), {}), old)
-    after = term.expand_ahead(y1, old, old, jnp.ones(()))
+    after = term.expand_ahead(y1, old, old, jnp.ones(()), jnp.zeros(()))
     assert int(after.work.third_derivatives) == computed
     true = term.with_forces(y1, after).forces
     off = np.max(np.abs(after.forces - true)) / np.max(np.abs(true))

@@ -352,7 +352,7 @@ def test_the_response_of_the_constraint_is_self_adjoint(optimizer):
         flat, optimizer, {}, jnp.zeros(0, int), jnp.asarray(1e-4)
     )
     y = FlowState(w, state, {})
-    e = term.expand_ahead(y, None, None, jnp.zeros(()))
+    e = term.expand_ahead(y, None, None, jnp.zeros(()), jnp.zeros(()))
     forces = flat.thirds(w, e.eigenvectors[:4], jnp.asarray(4))
     e = dataclasses.replace(e, forces=forces, critical=jnp.asarray(4))
     rows, columns = np.tril_indices(4)

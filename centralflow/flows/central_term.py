@@ -218,10 +218,13 @@ class CentralTerm(AbstractComplementarityTerm):
         count: int | Int[Array, ""],
         wanted: int | Int[Array, ""],
         start: Float[Array, "j n"] | None = None,
+        tolerance: Float[Array, ""] | None = None,
     ) -> Expansion:
-        """An expansion of which only the eigenpairs are known."""
+        """An expansion of which only the eigenpairs are known, to the usual tolerance
+        or to a smaller one."""
         w, k = y.weights, self.block_size
         P = self.optimizer.preconditioner(y.optimizer_state)
+        tolerance = self.eigen_tolerance if tolerance is None else tolerance
         if start is None:
             start, calls, sweeps = jr.normal(jr.key(0), (k, w.size), w.dtype), 0, 200
         else:
@@ -235,7 +238,7 @@ class CentralTerm(AbstractComplementarityTerm):
             start,
             count,
             wanted,
-            tolerance=self.eigen_tolerance.astype(w.dtype),
+            tolerance=tolerance.astype(w.dtype),
             max_sweeps=sweeps,
             above=self.edge,
             # Looks for eigenvectors that a symmetry hides from those tracked.

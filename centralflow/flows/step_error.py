@@ -22,8 +22,10 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
         now.
-    - `loss`, `correction`: what the defect and the correction mean for the loss, over
-        the loss.
+    - `loss`: what the defect means for the loss, over the loss.
+    - `correction`: what the correction means for the loss, over the mean loss. (In a
+        flow that comes to rest at the edge, the loss itself falls twice as fast as what
+        X adds to it, and is soon a small part.)
     - `jump`: the correction over the length of the path.
     - `violation`: what the correction had to do for the constraint.
     - `remainder`: what it left to do, and by how much the sharpness exceeds that of the
@@ -50,6 +52,11 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa) + tiny
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
+    # What rounding makes of the defect says nothing: eps |w| of each of the weights,
+    # and dt lambda times that of the rates, of modes too slow to be damped (`damped`).
+    rounding = jnp.finfo(defect.dtype).eps * norm(step.y1.weights)
+    rounding *= 1 + 0.4 * jnp.minimum(step.dt * kappa, 32)
+    defect *= jnp.maximum(1 - rounding / (norm(defect) + tiny), 0)
     fall = lambda e, rate: jnp.abs(e.slope.gradient @ rate.weights) / size(e)
     faster = fall(e, step.rate1) > fall(e0, step.rate0)
     before_the_edge = (e0.held == 0) & (e.held == 0)
@@ -88,7 +95,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         * norm(defect)
         / (distance + rest),
         loss=3 * jnp.abs(gradient @ defect) / loss,
-        correction=jnp.abs(gradient @ correction) / loss,
+        correction=jnp.abs(gradient @ correction) / (loss + of_X),
         jump=0.1 * jump * beyond_noise(0.1),
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,

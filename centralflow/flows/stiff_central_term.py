@@ -33,6 +33,9 @@ _TURNED = 1.3
 # critical one by this share of the tolerance. (What it adds grows with the fourth power
 # of the step: twice as long, and it is a third.)
 _COUPLED = 0.02
+# To what share of what X does to it in a step the sharpness is known; and the finest
+# tolerance of the eigenpairs, over the usual one.
+_KNOWN, _FINEST = 0.2, 0.05
 # The share of a step after which an eigenvalue becomes critical, at most. X after that
 # is found by division by the share that is left, and with the jump, whatever else
 # changes in X is enlarged; where it is the first eigenvalue there is nothing else.
@@ -80,7 +83,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         return 1.1 * dt * jnp.max(jnp.stack([jnp.asarray(r, dt.dtype) for r in rates]))
 
     def expand_ahead(
-        self, y: FlowState, previous: Any, before: Any, ratio: Any
+        self, y: FlowState, previous: Any, before: Any, ratio: Any, relief: Any
     ) -> Expansion:
         if previous is None:
             return self.spectrum(y, None, self.block_size, min(3, self.block_size))
@@ -99,7 +102,8 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         close = self.count_critical(previous.sharpness)
         close = jnp.minimum(jnp.minimum(close, self.room(y)), count)
         wanted = jnp.maximum(wanted, close)
-        e = self.spectrum(y, previous, count, wanted, start=start)
+        tolerance = self._tolerance(previous, relief)
+        e = self.spectrum(y, previous, count, wanted, start, tolerance)
         # What was at the edge, or close, may be predicted far below it, for being held
         # too much: once that is corrected it is back, and may be beyond. Without
         # oscillations and below the edge there is nothing to solve for.
@@ -113,6 +117,19 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             P = self.optimizer.preconditioner(y.optimizer_state)
             return carried(self.objective, y.weights, P, previous, e, ratio)
         return self.with_forces(y, e)
+
+    def _tolerance(
+        self, previous: Expansion, relief: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """That of the eigenpairs. X answers to a change of the sharpness, whatever its
+        cause. So the error of the sharpness, r^2 / (kappa / 2) of a residual r, has to
+        be small next to what X does to it in the step, or next to its distance from the
+        edge: in a flow that comes to rest at the edge, X would be noise."""
+        kappa, usual = self.optimizer.critical_sharpness, self.eigen_tolerance
+        below = jnp.maximum(kappa - previous.sharpness[0], 0)
+        enough = jnp.sqrt(_KNOWN * (below + relief) / (2 * kappa))
+        root = jnp.sqrt(jnp.finfo(enough.dtype).eps)  # less is lost in rounding
+        return jnp.clip(enough, jnp.maximum(_FINEST * usual, root), usual)
 
     def with_room_for_forces(self, y: FlowState, e: Expansion) -> Expansion:
         """The expansion of a prediction that may have carried forces where this one

@@ -36,6 +36,7 @@ class _State(eqx.Module):
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
+    relief: Float[Array, ""]  # how far X kept the constraint up in the last step
     unheld: Float[Array, ""]  # for how long X has not held the constraint
     failure: Failure
 
@@ -101,14 +102,16 @@ class ProjectedRKC(diffrax.AbstractSolver):
         """y0 with its observables, and the solver state there; `previous` is that at
         the end of an earlier part, or None."""
         known = None if previous is None else previous.expansion
-        e = first = term.expand_ahead(y0, known, known, jnp.zeros(()))
+        zero = jnp.zeros(())
+        relief = zero if previous is None else previous.relief
+        e = first = term.expand_ahead(y0, known, known, zero, relief)
         C = term.constraint(e)
         X = jnp.zeros_like(C)
         e = term.complete(y0, e, X, 1, jnp.bool_(True))
         if previous is None:
-            zero = lambda x: jnp.zeros(x.shape, x.dtype)
+            nothing = lambda x: jnp.zeros(x.shape, x.dtype)
             like = jax.eval_shape(lambda: term.forcing(y0, first, X))
-            mean = forcing = jax.tree.map(zero, like)  # X is
+            mean = forcing = jax.tree.map(nothing, like)  # X is
             excess = jnp.maximum(jnp.max(-jnp.diag(C)), 0)
         else:
             mean, forcing = previous.mean_forcing, previous.forcing
@@ -130,6 +133,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt=dt,
             memory=dt,
             excess=excess,
+            relief=relief.astype(dt.dtype),
             unheld=dt if previous is None else previous.unheld,
             failure=failure,
         )
@@ -170,7 +174,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
-        e = term.expand_ahead(predicted, s.expansion, s.before, ratio)
+        e = term.expand_ahead(predicted, s.expansion, s.before, ratio, ratio * s.relief)
         respond, stiff, e = term.responder(predicted, e, dt)
         C = term.constraint(e)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
@@ -346,6 +350,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
             excess,
+            jnp.max(jnp.diag(end(X, share) - end(0 * X, share))),
             unheld,
             failure,
         )

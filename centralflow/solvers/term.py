@@ -145,11 +145,17 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def expand_ahead(
-        self, y: PyTree, previous: Any, before: Any, ratio: Float[Array, ""]
+        self,
+        y: PyTree,
+        previous: Any,
+        before: Any,
+        ratio: Float[Array, ""],
+        relief: Float[Array, ""],
     ) -> Any:
         """The expansion at the predicted end y of a step, without its slope, from those
         at the start of the step and one step `before`; `ratio` is the step's length
-        over that of the one before. With `previous` None, the first expansion."""
+        over that of the one before, and `relief` how far X keeps the constraint up in
+        the step. With `previous` None, the first expansion."""
 
     @abc.abstractmethod
     def remembered(self, expansion: Any) -> Any:
