@@ -28,10 +28,10 @@ def test_in_a_minimum(steps):
         weight_times=times,
     )
     exact = (1 - (1 - w0**-2) * np.exp(-2 * eta * times)) ** -0.5
-    # Measured: 5e-4 and 2e-8. (What a step is off by has decayed in the next.)
+    # Measured: 1.3e-3 at step 2, and two units of rounding.
     assert np.max(np.abs(flow.weights[:, 0] - exact)) < 2e-3
-    assert abs(flow.weights[-1, 0] - 1) <= jnp.finfo(jnp.float32).eps
-    # Measured: 32, 64. With the rounding of the defect as an error, steps of 0.02 from
+    assert abs(flow.weights[-1, 0] - 1) <= 4 * jnp.finfo(jnp.float32).eps
+    # Measured: 60 and 64. With the rounding of the defect as an error, steps of 0.02 from
     # there to the end: 97,202 of them for 2,000 steps of the optimizer.
     assert int(flow.stats["accepted_steps"]) < 100
 
@@ -65,9 +65,10 @@ def test_at_the_edge():
     flow, finer = run(), run(rtol=1e-3)
     assert finer.loss[150] > 1e-4
     assert finer.loss[-1] < 1e-9
-    np.testing.assert_allclose(flow.sharpness[150:, 0], 2, atol=1e-4)
-    # Mean relative errors over all of this. Measured: 0.5 %; fixed steps are of first
-    # order, and themselves 1.3 % off.
+    # Measured: 2e-6.
+    np.testing.assert_allclose(flow.sharpness[150:, 0], 2, atol=1e-5)
+    # Mean relative errors over all of this. Measured: 0.44 %, 1.7 % and 1.4 %:
+    # fixed steps are of first order.
     assert error(flow.loss, finer.loss) < 1e-2
     fixed = run(flow=cf.CentralFlow(substeps=16))
     assert error(flow.loss, fixed.loss) < 2e-2
@@ -82,5 +83,5 @@ def test_at_the_edge_in_float32():
     times = np.linspace(0, 5000, 501)
     flow = cf.predict(*_network(jnp.float32), 5000, times=times)
     assert np.max(flow.loss[50:]) < 1e-9  # Measured: 5.6e-10
-    assert flow.loss[-1] < 1e-11  # Measured: 1.2e-12
-    assert int(flow.stats["accepted_steps"]) < 100  # Measured: 70
+    assert flow.loss[-1] < 1e-11  # Measured: 4e-14 to 1e-12
+    assert int(flow.stats["accepted_steps"]) < 120  # Measured: 70, 76

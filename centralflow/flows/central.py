@@ -57,7 +57,8 @@ class CentralFlow(AbstractFlow):
         they are all needed.
     - `eigen_tolerance`: the residual norm to which the eigenpairs are computed, over
         the largest eigenvalue; by default 2e-3 with fixed steps and 0.2 sqrt(rtol)
-        with adaptive ones. The error of an eigenvalue is of the order of its square.
+        with adaptive ones, or down to a 20th of that where the oscillations die down at
+        the edge. The error of an eigenvalue is of the order of its square.
     - `carry_third_derivatives`: whether adaptive steps keep the third derivatives of
         all pairs of critical eigenvectors from step to step, so that few are computed.
         Without, a prediction takes the memory of 1.5 (k - 2) (k - 1) vectors of
