@@ -270,14 +270,20 @@ def test_in_pieces_it_is_the_same_flow(substeps):
     more = half.gradient_equivalents + rest.gradient_equivalents
     assert more < (1.001 if substeps else 1.2) * whole.gradient_equivalents
     # The state is that of a run: so many updates before the gradient at the end.
-    for flow, steps in ((half, 64), (rest, 128), (whole, 128)):
-        np.testing.assert_allclose(flow.optimizer_state, steps, rtol=1e-6)
-    # Fixed steps are the same ones, but for rounding. Of others, of rtol = 1e-2, one is
-    # cut in two.
-    error = 1e-5 if substeps else 1e-2
-    np.testing.assert_allclose(rest.loss[::2], whole.loss[64:], rtol=error / 5)
-    sums = [np.sum(x) for x in (rest.oscillation[::2], whole.oscillation[64:])]
-    np.testing.assert_allclose(*sums, rtol=5 * error)
+    for piece, steps in ((half, 64), (rest, 128), (whole, 128)):
+        np.testing.assert_allclose(piece.optimizer_state, steps, rtol=1e-6)
+    # Fixed steps are the same ones, but for rounding. Of others one is cut in two, and
+    # the later ones differ; both are as near as rtol = 1e-2 permits to the flow itself.
+    # Measured: 0.27 and 0.24 %, of the sums 0.3 and 0.2 %.
+    exact = whole if substeps else predict(128, rtol=1e-4)
+    limit, limit_of_sums = (2e-6, 5e-5) if substeps else (3e-3, 1e-2)
+    for loss, oscillation in (
+        (whole.loss[64:], whole.oscillation[64:]),
+        (rest.loss[::2], rest.oscillation[::2]),
+    ):
+        np.testing.assert_allclose(loss, exact.loss[64:], rtol=limit)
+        sums = np.sum(oscillation), np.sum(exact.oscillation[64:])
+        np.testing.assert_allclose(*sums, rtol=limit_of_sums)
 
 
 def test_a_hidden_eigenvalue_is_found():

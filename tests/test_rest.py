@@ -31,8 +31,8 @@ def test_in_a_minimum(steps):
     # Measured: 1.3e-3 at step 2, and two units of rounding.
     assert np.max(np.abs(flow.weights[:, 0] - exact)) < 2e-3
     assert abs(flow.weights[-1, 0] - 1) <= 4 * jnp.finfo(jnp.float32).eps
-    # Measured: 60 and 64. With the rounding of the defect as an error, steps of 0.02 from
-    # there to the end: 97,202 of them for 2,000 steps of the optimizer.
+    # Measured: 60 and 64. With the rounding of the defect as an error, steps of 0.02
+    # from there to the end: 97,202 of them for 2,000 steps of the optimizer.
     assert int(flow.stats["accepted_steps"]) < 100
 
 

@@ -246,6 +246,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 4. The correction.
         change = correction(X, share)
+        kept = jnp.diag(end(X, share) - end(0 * X, share))
+        relief = jnp.max(jnp.where(jnp.arange(kept.size) < active, kept, 0))
         forcing = term.forcing(predicted, e, X)
         y1 = add(predicted, change)
         e1 = term.complete(y1, e, X, stages, solution.converged)
@@ -350,7 +352,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
             excess,
-            jnp.max(jnp.diag(end(X, share) - end(0 * X, share))),
+            relief,
             unheld,
             failure,
         )
