@@ -35,7 +35,7 @@ _TURNED = 1.3
 _COUPLED = 0.02
 # To what share of what X does to it in a step the sharpness is known; and the finest
 # tolerance of the eigenpairs, over the usual one.
-_KNOWN, _FINEST = 0.2, 0.05
+_KNOWN, _FINEST = 0.5, 0.05
 # The share of a step after which an eigenvalue becomes critical, at most. X after that
 # is found by division by the share that is left, and with the jump, whatever else
 # changes in X is enlarged; where it is the first eigenvalue there is nothing else.

@@ -36,7 +36,8 @@ class _State(eqx.Module):
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
     excess: Float[Array, ""]
-    relief: Float[Array, ""]  # how far X kept the constraint up in the last step
+    # How far X kept the constraint up in the last step; infinite if not known.
+    relief: Float[Array, ""]
     unheld: Float[Array, ""]  # for how long X has not held the constraint
     failure: Failure
 
@@ -102,16 +103,15 @@ class ProjectedRKC(diffrax.AbstractSolver):
         """y0 with its observables, and the solver state there; `previous` is that at
         the end of an earlier part, or None."""
         known = None if previous is None else previous.expansion
-        zero = jnp.zeros(())
-        relief = zero if previous is None else previous.relief
-        e = first = term.expand_ahead(y0, known, known, zero, relief)
+        relief = jnp.asarray(jnp.inf) if previous is None else previous.relief
+        e = first = term.expand_ahead(y0, known, known, jnp.zeros(()), relief)
         C = term.constraint(e)
         X = jnp.zeros_like(C)
         e = term.complete(y0, e, X, 1, jnp.bool_(True))
         if previous is None:
-            nothing = lambda x: jnp.zeros(x.shape, x.dtype)
+            zero = lambda x: jnp.zeros(x.shape, x.dtype)
             like = jax.eval_shape(lambda: term.forcing(y0, first, X))
-            mean = forcing = jax.tree.map(nothing, like)  # X is
+            mean = forcing = jax.tree.map(zero, like)  # X is
             excess = jnp.maximum(jnp.max(-jnp.diag(C)), 0)
         else:
             mean, forcing = previous.mean_forcing, previous.forcing
@@ -174,7 +174,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
-        e = term.expand_ahead(predicted, s.expansion, s.before, ratio, ratio * s.relief)
+        relief = jnp.where(s.dt > 0, ratio, 1) * s.relief
+        e = term.expand_ahead(predicted, s.expansion, s.before, ratio, relief)
         respond, stiff, e = term.responder(predicted, e, dt)
         C = term.constraint(e)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
