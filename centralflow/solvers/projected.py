@@ -247,7 +247,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 4. The correction.
         change = correction(X, share)
-        kept = jnp.diag(end(X, share) - end(0 * X, share))
+        linearized = end(X, share)
+        kept = jnp.diag(linearized - end(0 * X, share))
         relief = jnp.max(jnp.where(jnp.arange(kept.size) < active, kept, 0))
         forcing = term.forcing(predicted, e, X)
         y1 = add(predicted, change)
@@ -301,7 +302,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             s.expansion,
             e,
             e1,
-            end(X, share),
+            linearized,
             defect,
             change,
             excess,
