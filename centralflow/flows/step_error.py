@@ -8,13 +8,14 @@ from jaxtyping import Array, Float
 
 from ..precision import full_precision
 from ..solvers import Step
+from .expansion import Slope
 
 # Of a violation found within so many optimizer steps, little is the step's own making.
 _OWN = 0.25
 
 
 @full_precision
-def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
+def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     """The errors of a long step of the central flow: all relative, and weighted such
     that each, kept at 1e-2, leaves an error of the order of 1e-2 in the loss, or less.
 
@@ -46,16 +47,15 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
     tiny = jnp.finfo(step.dt.dtype).tiny
     distance = term.distance(step.y0, step.y1)
     size = lambda e: jnp.abs(e.slope.loss) + tiny
-    loss = jnp.maximum(size(e0), size(e))
+    loss = jnp.maximum(size(e0), size(e)) + noise.loss
     # Where the flow comes to rest, a distance d matters for its kappa d^2 / 2 of loss.
     # (That of a loss of exactly zero would be flushed to zero, and the errors be 0/0.)
     rest = 0.1 * jnp.sqrt(term.rtol * loss / kappa) + tiny
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
-    # What rounding makes of the defect says nothing: eps |w| of each of the weights,
-    # and dt lambda times that of the rates, of modes too slow to be damped (`damped`).
+    # What rounding makes of the defect, of the weights and of the rates, says nothing.
     rounding = jnp.finfo(defect.dtype).eps * norm(step.y1.weights)
-    rounding *= 1 + 0.4 * jnp.minimum(step.dt * kappa, 32)
+    rounding += 4 * step.dt * norm(noise.gradient / P)
     defect *= jnp.maximum(1 - rounding / (norm(defect) + tiny), 0)
     fall = lambda e, rate: jnp.abs(e.slope.gradient @ rate.weights) / size(e)
     faster = fall(e, step.rate1) > fall(e0, step.rate0)
@@ -94,7 +94,7 @@ def errors(term: Any, step: Step) -> dict[str, Float[Array, ""]]:
         path=jnp.where(before_the_edge & faster, 0.5, 0.05)
         * norm(defect)
         / (distance + rest),
-        loss=3 * jnp.abs(gradient @ defect) / loss,
+        loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
         jump=0.1 * jump * beyond_noise(0.1),
         violation=_root(violation / kappa) ** 2,

@@ -79,7 +79,9 @@ class _AbstractRMSProp(AbstractOptimizer):
             age = jnp.where(state.age > 0, state.age, 1)
             nu = nu / -jnp.expm1(age * jnp.log1p(-new))
         rate = rate_of_last_update(self.learning_rate, state.updates)
-        return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
+        # Within a long step nu may be extrapolated to less than nothing.
+        root = jnp.where(nu < 0, 0, jnp.sqrt(jnp.where(nu < 0, 1, nu)))
+        return (root + self.eps.astype(nu.dtype)) / rate
 
     def _weights(self, like: Array) -> tuple[Array, Array]:
         """beta2 and 1 - beta2, in the precision of `like`."""

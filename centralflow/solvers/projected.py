@@ -165,10 +165,22 @@ class ProjectedRKC(diffrax.AbstractSolver):
         else:
             reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
             R, longest = polynomial(reach)
-            rate = lambda y: rate_of(y, term.slope(y), s.forcing)
             # Dozens of scalars would cost each stage more than they are worth.
             bare, bare_rate = (replace(x, observables={}) for x in (y0, rate0))
-            predicted = add(bare, rkc2(rate, bare, bare_rate, dt, R))
+            relaxed = lambda t: term.relaxed(bare, bare_rate, t)
+
+            def rate(at):
+                t, y = at
+                change, known = relaxed(t)
+                y = add(y, change)
+                return jnp.ones_like(t), subtract(
+                    rate_of(y, term.slope(y), s.forcing), known
+                )
+
+            zero = jnp.zeros_like(dt)
+            start = jnp.ones_like(dt), subtract(bare_rate, relaxed(zero)[1])
+            change = rkc2(rate, (zero, bare), start, dt, R)[1]
+            predicted = add(add(bare, change), relaxed(dt)[0])
             predicted = replace(predicted, observables=y0.observables)
             stages, possible, middle = R.stages, reach <= longest, None
 
@@ -292,7 +304,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             defect = tree_map(jnp.zeros_like, defect)
         else:
             defect, e1 = term.damped(y1, e1, defect, dt)
-        y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
         step = Step(
             dt,
             y0,
@@ -310,7 +321,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             # of which the step before is to blame for a share
             tree_map(lambda x: 2 * ratio / (1 + ratio) * x, bulge),
         )
-        error = term.relative_error(step)
+        error, e1 = term.relative_error(step)
+        y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
         unheld, unsolved = unheld_for(left, s.unheld, dt)
         failure = first_of(
             term.failure(predicted, e),

@@ -133,6 +133,13 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         a small part of dt."""
 
     @abc.abstractmethod
+    def relaxed(
+        self, y: PyTree, rate: PyTree, t: Float[Array, ""]
+    ) -> tuple[PyTree, PyTree]:
+        """The part of the change of y after a time t that is known in closed form, and
+        its rate; from the rate of y at the start."""
+
+    @abc.abstractmethod
     def reach(
         self,
         y: PyTree,
@@ -227,8 +234,9 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         """The length of a step."""
 
     @abc.abstractmethod
-    def relative_error(self, step: Step) -> Float[Array, ""]:
-        """The error of a step, relative to what it should be relative to."""
+    def relative_error(self, step: Step) -> tuple[Float[Array, ""], Any]:
+        """The error of a step, relative to what it should be relative to; and the
+        expansion at its end, with the work for that counted."""
 
     @abc.abstractmethod
     def approach(self, step: Step) -> Float[Array, "2 k"]:
