@@ -40,7 +40,7 @@ def _exact(gradient, w0, nu0, eta, steps):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("rule", [cf.RMSProp, cf.ScalarRMSProp])
-@pytest.mark.parametrize("rtol, limit", [(1e-2, 4e-3), (1e-3, 5e-4)])
+@pytest.mark.parametrize(("rtol", "limit"), [(1e-2, 4e-3), (1e-3, 5e-4)])
 def test_constant_gradient(rule, rtol, limit):
     """nu relaxes from 100 times what it comes to in the end, in 14 and 30 steps."""
     a, steps = 0.1, 1000
@@ -55,7 +55,7 @@ def test_constant_gradient(rule, rtol, limit):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("rule", [cf.RMSProp, cf.ScalarRMSProp])
-@pytest.mark.parametrize("rtol, limit", [(1e-2, 4e-2), (1e-3, 6e-3)])
+@pytest.mark.parametrize(("rtol", "limit"), [(1e-2, 4e-2), (1e-3, 6e-3)])
 def test_decaying_gradient(rule, rtol, limit):
     """The loss falls by six orders of magnitude, faster and faster, in 22 and 55 steps
     which each may change it by a third of the tolerance."""

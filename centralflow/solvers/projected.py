@@ -178,8 +178,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
                 )
 
             zero = jnp.zeros_like(dt)
-            start = jnp.ones_like(dt), subtract(bare_rate, relaxed(zero)[1])
-            change = rkc2(rate, (zero, bare), start, dt, R)[1]
+            at_start = jnp.ones_like(dt), subtract(bare_rate, relaxed(zero)[1])
+            change = rkc2(rate, (zero, bare), at_start, dt, R)[1]
             predicted = add(add(bare, change), relaxed(dt)[0])
             predicted = replace(predicted, observables=y0.observables)
             stages, possible, middle = R.stages, reach <= longest, None
