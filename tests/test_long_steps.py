@@ -346,13 +346,15 @@ def test_the_constraint_along_a_run(network):
 
 def test_rejected_steps_are_counted():
     """Steps as short as these have two stages, accepted or rejected; the optimizer's
-    state takes one more gradient, and the start another."""
+    state takes one more gradient, and the start another. Of errors above the tolerance,
+    those of all that are rejected and of some of the others, the rounding is measured."""
     objective, model = _network()
     optimizer = cf.GradientDescent(_Rate(0.02, start=5, factor=0.1))
     stats = cf.predict(objective, model, optimizer, 8, times=[8]).stats
     accepted, rejected = stats["accepted_steps"], stats["rejected_steps"]
     assert rejected > 0
-    assert stats["gradients"] == 2 * (accepted + rejected) + 2
+    measured = stats["gradients"] - 2 * (accepted + rejected) - 2
+    assert rejected <= measured < accepted + rejected
 
 
 def test_one_program_serves_other_numbers(network):

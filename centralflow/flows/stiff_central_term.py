@@ -60,6 +60,10 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         zero = jnp.zeros_like(y.weights)
         return FlowState(zero, change, {}), FlowState(zero, slope, {})
 
+    def admissible(self, y: FlowState) -> FlowState:
+        state = self.optimizer.admissible(y.optimizer_state)
+        return dataclasses.replace(y, optimizer_state=state)
+
     @full_precision
     def reach(
         self,

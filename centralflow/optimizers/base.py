@@ -67,6 +67,11 @@ class AbstractOptimizer(eqx.Module):
         """The diagonal of P(state), learning rate included, positive: the step is
         -P^-1 g."""
 
+    def admissible(self, state: PyTree[Array]) -> PyTree[Array]:
+        """The nearest state that there can be: within a long step of a flow, `state` is
+        extrapolated, and a second moment may come out negative."""
+        return state
+
     def stationary_state(
         self, state: PyTree[Array], gradient: Vector, gradient_sq: Vector
     ) -> PyTree[Array]:

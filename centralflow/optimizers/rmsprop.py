@@ -1,6 +1,7 @@
 """RMSProp, with one second moment for each parameter or one for all."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -79,9 +80,10 @@ class _AbstractRMSProp(AbstractOptimizer):
             age = jnp.where(state.age > 0, state.age, 1)
             nu = nu / -jnp.expm1(age * jnp.log1p(-new))
         rate = rate_of_last_update(self.learning_rate, state.updates)
-        # Within a long step nu may be extrapolated to less than nothing.
-        root = jnp.where(nu < 0, 0, jnp.sqrt(jnp.where(nu < 0, 1, nu)))
-        return (root + self.eps.astype(nu.dtype)) / rate
+        return (jnp.sqrt(nu) + self.eps.astype(nu.dtype)) / rate
+
+    def admissible(self, state: SecondMoment) -> SecondMoment:
+        return dataclasses.replace(state, nu=jnp.maximum(state.nu, 0))
 
     def _weights(self, like: Array) -> tuple[Array, Array]:
         """beta2 and 1 - beta2, in the precision of `like`."""

@@ -172,7 +172,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             def rate(at):
                 t, y = at
                 change, known = relaxed(t)
-                y = add(y, change)
+                y = term.admissible(add(y, change))
                 return jnp.ones_like(t), subtract(
                     rate_of(y, term.slope(y), s.forcing), known
                 )
@@ -180,7 +180,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             zero = jnp.zeros_like(dt)
             at_start = jnp.ones_like(dt), subtract(bare_rate, relaxed(zero)[1])
             change = rkc2(rate, (zero, bare), at_start, dt, R)[1]
-            predicted = add(add(bare, change), relaxed(dt)[0])
+            predicted = term.admissible(add(add(bare, change), relaxed(dt)[0]))
             predicted = replace(predicted, observables=y0.observables)
             stages, possible, middle = R.stages, reach <= longest, None
 

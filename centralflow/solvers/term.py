@@ -140,6 +140,10 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         its rate; from the rate of y at the start."""
 
     @abc.abstractmethod
+    def admissible(self, y: PyTree) -> PyTree:
+        """y, extrapolated, or the nearest there can be."""
+
+    @abc.abstractmethod
     def reach(
         self,
         y: PyTree,
