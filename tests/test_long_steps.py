@@ -347,7 +347,7 @@ def test_the_constraint_along_a_run(network):
 def test_rejected_steps_are_counted():
     """Steps as short as these have two stages, accepted or rejected; the optimizer's
     state takes one more gradient, and the start another. Of errors above the tolerance,
-    those of all that are rejected and of some of the others, the rounding is measured."""
+    of all that are rejected and some of the others, the rounding is measured."""
     objective, model = _network()
     optimizer = cf.GradientDescent(_Rate(0.02, start=5, factor=0.1))
     stats = cf.predict(objective, model, optimizer, 8, times=[8]).stats
