@@ -23,7 +23,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
         now.
-    - `loss`: what the defect means for the loss, over the loss.
+    - `loss`: what the defect means for the loss, over the loss, unless that is exactly
+        zero.
     - `correction`: what the correction means for the loss, over the mean loss. (In a
         flow that comes to rest at the edge, the loss itself falls twice as fast as what
         X adds to it, and is soon a small part.)
@@ -54,6 +55,7 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     gradient = (e0.slope.gradient + e.slope.gradient) / 2
     correction, defect = step.correction.weights, step.defect.weights
     # What rounding makes of the defect, of the weights and of the rates, says nothing.
+    # (Several rates enter it, and the noise is that of one sample: 4 times.)
     rounding = jnp.finfo(defect.dtype).eps * norm(step.y1.weights)
     rounding += 4 * step.dt * norm(noise.gradient / P)
     defect *= jnp.maximum(1 - rounding / (norm(defect) + tiny), 0)
