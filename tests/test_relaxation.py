@@ -65,3 +65,16 @@ def test_decaying_gradient(rule, rtol, limit):
     assert exact[-1] < 1e-6 * exact[0]
     # Measured: 3.0 % and 0.46 %; 6.3 % and 1.2 % with nu as above.
     assert np.mean(np.abs(flow.loss / exact - 1)) < limit
+
+
+def test_no_negative_second_moment():
+    optimizer = cf.RMSProp(0.01, BETA2)
+    state = optimizer.init(jnp.ones(3))
+    state = eqx.tree_at(lambda s: s.nu, state, jnp.array([1.0, -1.0, 0.0]))
+    nearest = optimizer.admissible(state)
+    np.testing.assert_array_equal(nearest.nu, [1, 0, 0])
+    other = lambda s: (s.updates, s.age)
+    assert other(nearest) == other(state)
+    momentum = cf.HeavyBall(0.01, 0.9)
+    state = momentum.init(jnp.ones(3))
+    assert momentum.admissible(state) is state
