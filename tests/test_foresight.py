@@ -78,3 +78,38 @@ def test_a_step_that_cannot_be_made_shorter_is_kept(t, dt, kept):
     assert keep == kept
     assert t0 == (t + dt if kept else t)
     assert t0 < t1 <= t0 + dt
+
+
+def _attempts(error_of, *lengths):
+    """Whether steps from t = 0 of these lengths are kept, one after the other, and how
+    long the next is."""
+    controller, _ = cf.CentralFlow().stepsize(jnp.asarray(1e-2))
+    y, zero = _y(0.0), jnp.zeros(())
+    t1 = jnp.asarray(lengths[0])
+    _, state = controller.init(None, zero, 1e6, y, t1, None, None, 3)
+    kept = []
+    for length in lengths:
+        keep, t0, t1, _, state, _ = controller.adapt_step_size(
+            zero, jnp.asarray(length), y, y, None, _y(error_of(length)), 3, state
+        )
+        kept.append(bool(keep))
+    return kept, float(t1 - t0)
+
+
+def test_rounding_is_told_from_an_error():
+    """An error of a tenth that does not fall with the step is accepted at less than a
+    quarter, for half the length at first, of up to a fifth; and the next is a quarter.
+    One that falls is not, however large; nor one that does not fall in longer steps."""
+    rounding = lambda dt: 0.1
+    kept, dt = _attempts(rounding, 0.6, 0.4, 0.2)
+    assert kept == [False, False, True]
+    assert dt == pytest.approx(0.25)
+    assert _attempts(rounding, 0.6, 0.2, 0.25, 0.1)[0] == [False, True, True, True]
+    assert _attempts(rounding, 6.0, 2.0, 0.3)[0] == [False] * 3
+    assert _attempts(lambda dt: 0.1 if dt > 0.3 else 0.21, 0.6, 0.2)[0] == [False] * 2
+    kept, dt = _attempts(lambda dt: 0.4 * dt, 0.6, 0.24, 0.1)
+    assert kept == [False] * 3
+    assert dt < 0.1
+    # Once it was seen, for 30 steps.
+    times = [0.6, 0.2] + [0.25] * 30 + [0.1]
+    assert _attempts(rounding, *times)[0] == [False] + [True] * 30 + [False, True]

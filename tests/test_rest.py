@@ -85,3 +85,28 @@ def test_at_the_edge_in_float32():
     assert np.max(flow.loss[50:]) < 1e-9  # Measured: 5.6e-10
     assert flow.loss[-1] < 1e-11  # Measured: 4e-14 to 1e-12
     assert int(flow.stats["accepted_steps"]) < 120  # Measured: 70, 76
+
+
+def _cross_entropy(w, data):
+    x, label = data
+    logits = x @ w
+    chosen = jnp.take_along_axis(logits, label[:, None], 1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
+
+
+@pytest.mark.filterwarnings("ignore:An eigensolver")  # of a Hessian that is rounding
+def test_cross_entropy_in_rounding():
+    """Separable classes, and RMSProp, which moves on however small the gradient is.
+    Probabilities of 1 - 6e-8 n are a staircase, whose treads no perturbation of the
+    weights shows, and the loss is one unit of that, or zero."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6))
+    label = np.argmax(x @ rng.normal(size=(6, 3)), axis=1)
+    objective = cf.Objective(_cross_entropy, (jnp.asarray(x, jnp.float32), label))
+    steps, optimizer = 3000, cf.RMSProp(0.3, 0.99, 1e-7, bias_correction=True)
+    flow = cf.predict(objective, jnp.zeros((6, 3), jnp.float32), optimizer, steps)
+    assert flow.loss[-1] < 1e-7
+    # Once an error is taken for rounding, at most four per optimizer step. Measured, in
+    # the mean of all, most in the last 1,000: 0.9, and 1.3 with those rejected. Without
+    # that, 9.1 and 14.
+    assert int(flow.stats["accepted_steps"]) < 1.5 * steps

@@ -27,6 +27,9 @@ from .stiff_central_term import StiffCentralTerm
 # optimizer step. Adaptive steps correct a prediction, and need less.
 _MAX_RISE = 0.1
 _MARGIN = 0.03
+# In optimizer steps, over the root of rtol: a quarter, for the usual one. (Steps are of
+# second order.) Within that time the optimizer itself does not follow the flow.
+_RESOLUTION = 2.5
 # With a larger tolerance, predictions that are too far off to be corrected would be
 # accepted.
 _LARGEST_RTOL = 0.05
@@ -178,7 +181,7 @@ class CentralFlow(AbstractFlow):
             # Late in runs of 200,000 steps float32 does not resolve less.
             dtmin=0.02,
         )
-        return ForesightController(controller), 0.5
+        return ForesightController(controller, _RESOLUTION * jnp.sqrt(rtol)), 0.5
 
     def start(self, term: Any, y: FlowState, previous: Any) -> tuple[FlowState, Any]:
         if previous is not None:

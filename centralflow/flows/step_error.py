@@ -92,10 +92,10 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         cubic = (e0.slope.loss + e.slope.loss) / 2
         cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
         between = jnp.abs(step.middle - cubic) / loss
+    path = 0.05 * norm(defect) / (distance + rest)
+    stricter = jnp.maximum(path, jnp.minimum(10 * path, 10 * term.rtol))
     return dict(
-        path=jnp.where(before_the_edge & faster, 0.5, 0.05)
-        * norm(defect)
-        / (distance + rest),
+        path=jnp.where(before_the_edge & faster, stricter, path),
         loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
         jump=0.1 * jump * beyond_noise(0.1),
