@@ -382,8 +382,8 @@ def test_the_limit_counts_rejected_steps(error):
 @pytest.mark.parametrize("resolution", [0.0, 0.25])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
 def test_a_step_is_never_without_end(bad, resolution):
-    """Whatever is said of what is ahead, and of the error, the next step is finite,
-    ends after it begins, and begins no earlier than the last."""
+    """Whatever is said of what is ahead, and of the error, which is never NaN, the next
+    step is finite, ends after it begins, and begins no earlier than the last."""
     pid = diffrax.PIDController(
         rtol=0, atol=1e-2, norm=lambda y: y.observables["error"], dtmin=0.02
     )

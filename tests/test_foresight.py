@@ -80,17 +80,18 @@ def test_a_step_that_cannot_be_made_shorter_is_kept(t, dt, kept):
     assert t0 < t1 <= t0 + dt
 
 
-def _attempts(error_of, *lengths):
-    """Whether steps from t = 0 of these lengths are kept, one after the other, and how
-    long the next is."""
-    controller, _ = cf.CentralFlow().stepsize(jnp.asarray(1e-2))
-    y, zero = _y(0.0), jnp.zeros(())
-    t1 = jnp.asarray(lengths[0])
-    _, state = controller.init(None, zero, 1e6, y, t1, None, None, 3)
+def _attempts(error_of, *lengths, start=0.0, rtol=1e-2):
+    """Whether steps of these lengths are kept, one after the other, all from the same
+    time, and how long the next is."""
+    controller, _ = cf.CentralFlow().stepsize(jnp.asarray(rtol, jnp.float32))
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    y, t1 = _y(0.0), f32(start + lengths[0])
+    _, state = controller.init(None, f32(start), 1e6, y, t1, None, None, 3)
     kept = []
     for length in lengths:
+        error = _y(error_of(length))
         keep, t0, t1, _, state, _ = controller.adapt_step_size(
-            zero, jnp.asarray(length), y, y, None, _y(error_of(length)), 3, state
+            f32(start), f32(start + length), y, y, None, error, 3, state
         )
         kept.append(bool(keep))
     return kept, float(t1 - t0)
@@ -110,6 +111,20 @@ def test_rounding_is_told_from_an_error():
     kept, dt = _attempts(lambda dt: 0.4 * dt, 0.6, 0.24, 0.1)
     assert kept == [False] * 3
     assert dt < 0.1
+    # The first error may be infinite.
+    infinite = lambda dt: jnp.inf if dt > 0.5 else 0.1
+    assert _attempts(infinite, 0.6, 0.5, 0.2)[0] == [False, False, True]
     # Once it was seen, for 30 steps.
     times = [0.6, 0.2] + [0.25] * 30 + [0.1]
     assert _attempts(rounding, *times)[0] == [False] + [True] * 30 + [False, True]
+
+
+def test_no_error_is_accepted_for_the_precision_of_the_time():
+    """At 70,000 float32 has steps of 1/128: the resolution of 0.1369, for an rtol of
+    3e-3, is one of 0.1406. Longer than that all the same, it would be what a rejected
+    step is cut to, again and again, until it is kept as one that cannot be made
+    shorter."""
+    errors = iter([0.05, 0.05, 0.5, 0.05])
+    lengths = 0.5, 0.140625, 0.140625, 0.140625
+    kept, _ = _attempts(lambda _: next(errors), *lengths, start=7e4, rtol=3e-3)
+    assert kept == [False, True, False, True]

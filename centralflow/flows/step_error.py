@@ -22,7 +22,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     - `path`: the defect of the Runge-Kutta step, over the length of the path, in the
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
-        now.
+        now. (Less of one that is far above the tolerance, and once that from 20 times
+        the tolerance on: no step is made as short as is permitted for that.)
     - `loss`: what the defect means for the loss, over the loss, unless that is exactly
         zero.
     - `correction`: what the correction means for the loss, over the mean loss. (In a
@@ -93,7 +94,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
         between = jnp.abs(step.middle - cubic) / loss
     path = 0.05 * norm(defect) / (distance + rest)
-    stricter = jnp.maximum(path, jnp.minimum(10 * path, 10 * term.rtol))
+    stricter = jnp.minimum(10 * path, jnp.sqrt(20 * term.rtol * path))
+    stricter = jnp.maximum(path, stricter)
     return dict(
         path=jnp.where(before_the_edge & faster, stricter, path),
         loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),

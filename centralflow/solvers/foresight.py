@@ -22,7 +22,8 @@ class _State(eqx.Module):
     end: Float[Array, ""]
     total: PyTree
     proposed: Float[Array, ""]  # the length of the next step
-    # Of the first step that was rejected since one was accepted; zero if none was.
+    # Of the first step of a finite error that was rejected since one was accepted;
+    # zero if none was.
     length: Float[Array, ""]
     error: Float[Array, ""]
     in_rounding: Int[Array, ""]  # for so many steps
@@ -97,7 +98,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         after = lambda t0, t1: jnp.maximum(t1, jnp.nextafter(t0, jnp.inf))
         next_t1 = after(next_t0, next_t1)
         s, dt, error = controller_state, t1 - t0, self.norm(y_error)
-        short = dt < 1.01 * self.resolution  # equal, but for rounding
+        short = t1 <= t0 + 1.01 * self.resolution  # but for rounding, of the time too
         stubborn = short & (2 * dt < s.length) & (error**2 * s.length > s.error**2 * dt)
         in_rounding = jnp.where(stubborn, _REMEMBERED, s.in_rounding)
         short &= in_rounding > 0
@@ -129,7 +130,8 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
         left = s.end - next_t0
         last_two = (next_t1 < s.end) & (left < 2 * (next_t1 - next_t0))
         next_t1 = jnp.where(last_two, next_t0 + left / 2, next_t1)
-        first = lambda before, now: jnp.where(s.length > 0, before, now)
+        seen = (s.length > 0) & jnp.isfinite(s.error)
+        first = lambda before, now: jnp.where(seen, before, now)
         state = _State(
             inner,
             s.end,
