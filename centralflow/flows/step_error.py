@@ -22,8 +22,7 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     - `path`: the defect of the Runge-Kutta step, over the length of the path, in the
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
-        now. (Less of one that is far above the tolerance, and once that from 20 times
-        the tolerance on: no step is made as short as is permitted for that.)
+        now.
     - `loss`: what the defect means for the loss, over the loss, unless that is exactly
         zero.
     - `correction`: what the correction means for the loss, over the mean loss. (In a
@@ -93,11 +92,10 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         cubic = (e0.slope.loss + e.slope.loss) / 2
         cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
         between = jnp.abs(step.middle - cubic) / loss
-    path = 0.05 * norm(defect) / (distance + rest)
-    stricter = jnp.minimum(10 * path, jnp.sqrt(20 * term.rtol * path))
-    stricter = jnp.maximum(path, stricter)
     return dict(
-        path=jnp.where(before_the_edge & faster, stricter, path),
+        path=jnp.where(before_the_edge & faster, 0.5, 0.05)
+        * norm(defect)
+        / (distance + rest),
         loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
         jump=0.1 * jump * beyond_noise(0.1),

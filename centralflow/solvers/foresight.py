@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 _PERMITTED = 2.0
 # In rounding, and for so many steps after that was seen, steps that are no longer than
 # the resolution are accepted with an error of up to so many times the tolerance.
-_PERMITTED_IN_ROUNDING, _REMEMBERED = 20.0, 30
+_PERMITTED_IN_ROUNDING, _REMEMBERED = 100.0, 30
 
 
 class _State(eqx.Module):
@@ -49,7 +49,7 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
     Nor does an error fall that is rounding, of a function that is a staircase in its
     last digits, until steps are shorter than the treads. Where one has not fallen as
     the root of the length in steps down to less than the `resolution`, in units of
-    time, these are accepted with an error of up to 20 times the tolerance for a while,
+    time, these are accepted with an error of up to 100 times the tolerance for a while,
     and longer ones are not cut to less at once.
 
     The last step of an integration is cut to end there. Far shorter than those before
