@@ -400,20 +400,24 @@ def _saved(rows: Rows) -> list[Rows]:
 
 def _join(parts: list[Rows]) -> Rows:
     """One below another. The last has the largest block."""
-    if "sharpness" in parts[-1]:
-        width = parts[-1]["sharpness"].shape[1]
-        wide = lambda x, value: np.pad(
-            x, ((0, 0), (0, width - x.shape[1])), constant_values=value
-        )
-        parts = [
-            part
-            | dict(
-                sharpness=wide(part["sharpness"], np.nan),
-                oscillation=wide(part["oscillation"], 0),
-            )
-            for part in parts
-        ]
-    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *parts)
+    return jax.tree_util.tree_map_with_path(_concatenated, *parts)
+
+
+# The series with a column for each row of the block, and what there is where it has
+# not yet so many.
+_MISSING = {
+    "sharpness": np.nan,
+    "oscillation": 0,
+    "joint/rise/oscillation": 0,
+}
+
+
+def _concatenated(path: Any, *blocks: np.ndarray) -> Array:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name in _MISSING:
+        wide = lambda x: [(0, 0), (0, blocks[-1].shape[1] - x.shape[1])]
+        blocks = [np.pad(x, wide(x), constant_values=_MISSING[name]) for x in blocks]
+    return jnp.asarray(np.concatenate(blocks))
 
 
 def _warn_if_unstable(y: FlowState, optimizer: AbstractOptimizer) -> None:

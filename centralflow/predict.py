@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, settings_of
 from .checks import require_integer, require_positive
 from .flows import AbstractFlow, CentralFlow
 from .flows.base import FlowSolverState
+from .flows.joints import joined
 from .integrate import Problem, integrate, integrate_at_once, solver_state_of
 from .objective import FlatObjective, Objective, is_traced
 from .optimizers import AbstractOptimizer
@@ -160,7 +161,7 @@ def predict(
         now, series, snapshots, failure = integrate(
             problem, *start, end, *reported, max_steps, file, clock, show
         )
-    series = jax.tree.map(lambda x: x[: times.size], series)
+    series = jax.tree.map(lambda x: x[: times.size], joined(series))
     series_times = series.pop("t")
     work = now.earlier + now.work
     if not traced and not failure.failed:

@@ -33,7 +33,7 @@ def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
     t0, t1 = jnp.asarray(10.0), jnp.asarray(30.0)
     return StepInterpolation(
         t0, t1, y0, y1, rest, rest, y0,
-        ratio, of(earlier), onset, until, of(bulge),
+        ratio, of(earlier), onset, until, of(bulge), of(0 * a), jnp.asarray(onset > 0),
     )  # fmt: skip
 
 

@@ -127,7 +127,10 @@ def test_two_eigenvalues_become_critical_one_after_the_other():
     np.testing.assert_allclose(Y[:, [0, 1], [0, 1]], expected, atol=0.02)
     np.testing.assert_allclose(Y[-1, [0, 1], [0, 1]], expected[-1], atol=1e-6)
     np.testing.assert_allclose(Y[:, 0, 1], 0, atol=1e-6)
-    np.testing.assert_allclose(flow.oscillation[45, :2], [2 * b[0] / eta, 0], atol=1e-6)
+    # A step of two leaves exp(-8) of a violation that is not of its own making.
+    np.testing.assert_allclose(
+        flow.oscillation[45, :2], [2 * b[0] / eta, 0], rtol=np.exp(-8), atol=1e-6
+    )
     np.testing.assert_allclose(flow.oscillation[-1, :2], 2 * b / eta, rtol=1e-4)
     # They jump where they should, at 40 and 60, in the middle of long steps. The second
     # onset is found to a hundredth of its step, of which a quarter is left: 4 %.
@@ -227,6 +230,9 @@ def test_the_multiplier_has_the_mean_that_holds_the_edge():
     # where they end. (With Sigma linear between the ends of steps it is 1e-2.)
     balance = 2 * (np.trapezoid(b) - (y[-1] - y[0]) / eta)
     np.testing.assert_allclose(np.trapezoid(Sigma), balance, rtol=4e-3)
+    # And it is 2 b at each time, but for 2.6 % in the mean. (Were each step to begin where
+    # the one before was extrapolated to, 4.3 %.)
+    assert np.mean(np.abs(Sigma / (2 * b) - 1)[1:]) < 0.035
 
 
 # A small network.

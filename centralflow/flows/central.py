@@ -206,7 +206,7 @@ class CentralFlow(AbstractFlow):
 
     def observe(self, term: Any, t: Any, y: FlowState) -> dict[str, PyTree[Array]]:
         smooth, oscillating = (y.observables[k] for k in ("smooth", "oscillating"))
-        return dict(
+        series = dict(
             loss=smooth["loss"],
             mean_loss=smooth["loss"] + oscillating["loss"],
             grad_norm_sq=smooth["grad_norm_sq"],
@@ -218,6 +218,13 @@ class CentralFlow(AbstractFlow):
             step_sizes=smooth["step_sizes"],
             trace_covariance=oscillating["trace_covariance"],
         )
+        if self.substeps is None:
+            joint = dict(y.observables["joint"])
+            rise = dict(joint.pop("rise"))
+            rise["mean_loss"] = rise.pop("loss")
+            rise["mean_grad_norm_sq"] = rise.pop("grad_norm_sq")
+            series["joint"] = joint | dict(rise=rise)
+        return series
 
     def work(
         self, start: Any, solution: diffrax.Solution, reports: Int[Array, ""]

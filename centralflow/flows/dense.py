@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .base import FlowState
+from .joints import share_of_rise
 from .observables import held
 
 
@@ -23,7 +24,9 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     the `bulge`. All the rest is linear; but up to the `onset`, a share of the step, the
     oscillations are the `earlier` ones, and after it the sharpness that they hold is
     what it is at the end; and they have reached their end at the share `until`, up to
-    which the sharpness is as it was.
+    which the sharpness is as it was. `rise` is by how much what oscillations add begins
+    higher than the step before had ended, and `constant` whether the step knew no
+    better than that it is constant (after the onset).
     """
 
     t0: Any
@@ -38,6 +41,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     onset: Any
     until: Any
     bulge: Any
+    rise: Any
+    constant: Any
 
     @eqx.filter_jit  # traced once for all that is saved
     def evaluate(self, t0, t1=None, left: bool = True) -> FlowState:
@@ -86,8 +91,21 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             **linear.observables,
             "smooth": smooth,
             "oscillating": oscillating,
+            "joint": self._joint(x, smooth["loss"].dtype),
         }
         return FlowState(weights, linear.optimizer_state, observables)
+
+    def _joint(self, x: Float[Array, ""], dtype: Any) -> dict[str, Any]:
+        since = (x - self.onset) / (1 - self.onset)
+        goes_on = (x >= self.onset) & (self.until == 1)
+        share = jnp.where(goes_on, share_of_rise(since, self.constant), 0)
+        real = lambda x: jnp.asarray(x, dtype)
+        return dict(
+            start=real(self.t0),
+            end=real(self.t1),
+            rise=self.rise,
+            share=real(share),
+        )
 
     def _permitted(self) -> Float[Array, ""]:
         """The share of the bulge with which no variance becomes negative:

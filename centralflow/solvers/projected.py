@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..failures import Failure, choose, first_of, when
 from ..results import RESULTS
+from .course import Piece, course
 from .moreau import multiplier, settle, unheld_for
 from .release import release
 from .rkc import polynomial, rkc2
@@ -32,6 +33,7 @@ class _State(eqx.Module):
     mean_forcing: PyTree[Array]  # over the last step
     forcing: PyTree[Array]  # at its end
     mean_of_X: PyTree[Array]  # of the observables of X over the last step
+    piece: Piece  # of these, what goes on into the next step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
@@ -129,6 +131,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             mean,
             forcing,
             unknown,
+            Piece(unknown, dt),
             stiff,
             dt=dt,
             memory=dt,
@@ -188,7 +191,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
         relief = jnp.where(s.dt > 0, ratio, 1) * s.relief
         e = term.expand_ahead(predicted, s.expansion, s.before, ratio, relief)
-        respond, stiff, e = term.responder(predicted, e, dt)
+        begins = term.begins(s.expansion)
+        crosses = term.crosses(s.before, s.expansion, e, ratio)
+        acting = 1 - jnp.where(begins, crosses, 0)
+        respond, stiff, e = term.responder(predicted, e, acting * dt)
         C = term.constraint(e)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
@@ -267,31 +273,28 @@ class ProjectedRKC(diffrax.AbstractSolver):
         e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
-        # The observables of X between the ends of steps. Where a row becomes tight,
-        # they are as they were up to the onset, and constant thereafter; where nothing
-        # is held any longer, zero from the release on. Elsewhere the constraint
-        # determines their means over steps better than their ends, which are
-        # extrapolated from these: a bulge, and an error, where that is not the case.
-        earlier, last = _of_X(y0), _of_X(y1)
-        mean_of_X = scaled(share, mean(last, s.mean_of_X))
-        onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
-        known = (s.dt > 0) | term.begins(s.expansion)  # of X at the start
-        onset = jnp.where(known, onset, 0)
-        after = lambda mean, before: (mean - onset * before) / (1 - onset)
-        constant = tree_map(after, mean_of_X, earlier)
-        last = choose(onset > 0, constant, last)
-        begins = (s.dt == 0) | term.begins(s.expansion)
-        first_of_X = choose(begins | (onset > 0), last, earlier)
-        y1 = eqx.tree_at(_of_X, y1, last)
-        linear = (onset == 0) & (until == 1)
-        bulge = tree_map(
-            lambda a, b, m, before: jnp.where(
-                linear & usable(before), m - (a + b) / 2, 0
-            ),
-            first_of_X, last, mean_of_X, s.mean_of_X,
-        )  # fmt: skip
+        # The observables of X in the course of the step.
+        earlier, end = _of_X(y0), _of_X(y1)
+        mean_of_X = scaled(share * acting, mean(end, s.mean_of_X))
+        onset = term.onset(crosses, s.expansion, e1, earlier, mean_of_X)
+        onset = jnp.where((s.dt > 0) | begins, onset, 0)
+        of_X = course(
+            earlier,
+            end,
+            mean_of_X,
+            s.mean_of_X,
+            s.piece,
+            dt,
+            onset,
+            until,
+            unknown=(s.dt == 0) | begins,
+            linear=rho > 0,
+            smooth=e1.held == s.expansion.held,
+        )
+        y1 = eqx.tree_at(_of_X, y1, of_X.last)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
+        forcing = scaled(acting, forcing)
         mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         first = start(mean_forcing, forcing)
         rate0 = rate_of(y0, s.expansion.slope, first)
@@ -318,8 +321,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             change,
             excess,
             middle,
+            s.before,
+            ratio,
             # of which the step before is to blame for a share
-            tree_map(lambda x: 2 * ratio / (1 + ratio) * x, bulge),
+            tree_map(lambda x: 2 * ratio / (1 + ratio) * x, of_X.extrapolated),
         )
         error, e1 = term.relative_error(step)
         y1 = eqx.tree_at(lambda y: y.observables["work"], y1, e1.work)
@@ -340,7 +345,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             [error, term.approach(step), y1.observables["work"]],
         )
         info = dict(
-            y0=eqx.tree_at(_of_X, y0, first_of_X),
+            y0=eqx.tree_at(_of_X, y0, of_X.first),
             y1=y1,
             rate0=rate0,
             rate1=rate1,
@@ -349,10 +354,12 @@ class ProjectedRKC(diffrax.AbstractSolver):
             earlier=earlier,
             onset=onset,
             until=until,
-            bulge=bulge,
+            bulge=of_X.bulge,
+            rise=of_X.rise,
+            constant=of_X.constant,
         )
         # Where nothing was held before, the forcing too is constant from the onset on.
-        onset = jnp.where(term.begins(s.expansion), onset, 0)
+        onset = jnp.where(begins, onset, 0)
         within = lambda tree: scaled(1 / (1 - onset), tree)
         settled = term.settled(s.expansion, e1, onset)
         state = _State(
@@ -362,6 +369,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             within(mean_forcing),
             within(forcing),
             within(mean_of_X),
+            of_X.piece,
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
