@@ -245,12 +245,15 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     ) -> Bool[Array, ""]:
         return (after.held > 0) & ((before.held == after.held) | (onset > 0))
 
-    def crosses(
+    def onset(
         self,
         before: Expansion,
         start: Expansion,
         predicted: Expansion,
+        after: Expansion,
         ratio: Float[Array, ""],
+        earlier: Any,
+        mean: Any,
     ) -> Float[Array, ""]:
         # Which of the predicted eigenvalues it is cannot be told once they have mixed:
         # it is what is left of their sum when those that were held stay as they are.
@@ -260,17 +263,8 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         sharpness = before.sharpness[row], start.sharpness[row], ahead
         ratio = jnp.where(row < before.tracked, ratio, 0)
         share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
-        return jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
-
-    def onset(
-        self,
-        share: Float[Array, ""],
-        start: Expansion,
-        after: Expansion,
-        earlier: Any,
-        mean: Any,
-    ) -> Float[Array, ""]:
-        jumps = start.held < jnp.minimum(after.held, start.tracked)
+        share = jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
+        jumps = row < jnp.minimum(after.held, start.tracked)
         # What there is after the jump, times a number: a covariance, in the same order?
         for name in ("oscillation", "loss", "grad_norm_sq", "trace_covariance"):
             left = mean[name] - share * earlier[name]

@@ -191,10 +191,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
         relief = jnp.where(s.dt > 0, ratio, 1) * s.relief
         e = term.expand_ahead(predicted, s.expansion, s.before, ratio, relief)
-        begins = term.begins(s.expansion)
-        crosses = term.crosses(s.before, s.expansion, e, ratio)
-        acting = 1 - jnp.where(begins, crosses, 0)
-        respond, stiff, e = term.responder(predicted, e, acting * dt)
+        respond, stiff, e = term.responder(predicted, e, dt)
         C = term.constraint(e)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
@@ -275,8 +272,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # The observables of X in the course of the step.
         earlier, end = _of_X(y0), _of_X(y1)
-        mean_of_X = scaled(share * acting, mean(end, s.mean_of_X))
-        onset = term.onset(crosses, s.expansion, e1, earlier, mean_of_X)
+        mean_of_X = scaled(share, mean(end, s.mean_of_X))
+        begins = term.begins(s.expansion)
+        onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
         onset = jnp.where((s.dt > 0) | begins, onset, 0)
         of_X = course(
             earlier,
@@ -294,7 +292,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
         y1 = eqx.tree_at(_of_X, y1, of_X.last)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
-        forcing = scaled(acting, forcing)
         mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         first = start(mean_forcing, forcing)
         rate0 = rate_of(y0, s.expansion.slope, first)

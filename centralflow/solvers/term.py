@@ -172,7 +172,7 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def remembered(self, expansion: Any) -> Any:
-        """What `expand_ahead` and `crosses` need of an expansion one step before."""
+        """What `expand_ahead` and `onset` need of an expansion one step before."""
 
     @abc.abstractmethod
     def exact_along(
@@ -185,10 +185,9 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
     def responder(
         self, y: PyTree, expansion: Any, dt: Float[Array, ""]
     ) -> tuple[Callable[[PyTree, PyTree], PyTree], Any, Any]:
-        """A linear function: what a change of the forcing in the last dt of a step does
-        to its end, y, if it is constant, and if it rises by so much and is zero at the
-        middle. What that shows of the fastest modes. The expansion, with the work
-        counted."""
+        """A linear function: what a change of the forcing in a step does to its end, y,
+        if it is constant, and if it rises by so much and is zero at the middle. What
+        that shows of the fastest modes. The expansion, with the work counted."""
 
     @abc.abstractmethod
     def complete(
@@ -215,25 +214,19 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         as at its end."""
 
     @abc.abstractmethod
-    def crosses(
-        self, before: Any, start: Any, predicted: Any, ratio: Float[Array, ""]
-    ) -> Float[Array, ""]:
-        """When in a step, from 0 to 1, the next row would become tight; zero if it does
-        not. From the expansions one step `before`, at the start and at the predicted
-        end; `ratio` as above."""
-
-    @abc.abstractmethod
     def onset(
         self,
-        share: Float[Array, ""],
+        before: Any,
         start: Any,
+        predicted: Any,
         after: Any,
+        ratio: Float[Array, ""],
         earlier: PyTree[Array],
         mean: PyTree[Array],
     ) -> Float[Array, ""]:
-        """This share, if a row did become tight, zero otherwise. From the expansions at
-        the start and `after` the step, and X's observables at the start and in the
-        mean."""
+        """When in a step, from 0 to 1, a row becomes tight; zero if none does. From the
+        expansions one step `before`, at the start, at the predicted end and `after` the
+        step; `ratio` as above; and X's observables at the start and in the mean."""
 
     @abc.abstractmethod
     def damped(
