@@ -64,7 +64,9 @@ def predict(
         and flow, to go on from where it ended instead of from `model` and
         `optimizer_state`. Times and `steps` are counted from there.
     - `times`: the times to report, increasing, in optimizer steps, within
-        [0, `steps`]; by default 0, 1, ..., `steps`.
+        [0, `steps`]; by default 0, 1, ..., `steps`. (Each long step of the central flow
+        tells how what oscillations add went on from the one before; that is reported
+        if a time in both is.)
     - `metrics`: functions h of the model, by name. The central flow reports their
         predicted time-averages `E[h] = h + <hess h, Sigma> / 2`.
     - `coordinates`: indices of the flat weights, of `objective.flatten`, at which to

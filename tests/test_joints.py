@@ -76,7 +76,10 @@ def _rows(ends=ENDS, missing=()):
         t = t0 + (t1 - t0) * jnp.asarray(shares).at[-1].set(1)
         t = t.at[-1].set(t1)
         at = jax.vmap(lambda t, i=interpolation: i.evaluate(t).observables)(t)
-        rows.append(dict(t=t, joint=at["joint"], **at["oscillating"]))
+        mean_loss = at["smooth"]["loss"]
+        rows.append(
+            dict(t=t, mean_loss=mean_loss, joint=at["joint"], **at["oscillating"])
+        )
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
 
@@ -120,7 +123,7 @@ def test_steps_join():
     )
 
 
-def test_third_order():
+def test_the_order():
     """Once a step is known and the next, it is a parabola between two values of second
     order, with the mean of the third."""
     halved = np.sort(np.append(ENDS, (ENDS[1:] + ENDS[:-1]) / 2))
@@ -157,6 +160,41 @@ def test_no_variance_becomes_negative():
     np.testing.assert_allclose(
         np.sum(after["oscillation"], axis=1), after["trace_covariance"], atol=1e-13
     )
+
+
+def test_a_variance_that_is_rounding_has_no_say_in_it():
+    rows = _rows()
+    wide = lambda x, value: jnp.concatenate([x, jnp.full((len(x), 1), value)], axis=1)
+    moved = wide(rows["joint"]["rise"]["oscillation"], 1e-12)
+    joint = rows["joint"] | dict(rise=rows["joint"]["rise"] | dict(oscillation=moved))
+    after = joined(rows | dict(oscillation=wide(rows["oscillation"], 0.0), joint=joint))
+    expected = joined(rows)["oscillation"]
+    np.testing.assert_array_equal(after["oscillation"][:, :2], expected)
+    assert np.max(after["oscillation"][:, 2]) <= 1e-12
+
+
+def test_of_what_is_not_there_nothing_is_known():
+    """Rows that were not reached, under `jax.jit`, have infinite times; those of a step
+    that failed are not numbers; and a user's metric may be neither at one time."""
+    whole = _rows()
+    count = (len(ENDS) - 2) * (POINTS + 1)  # up to the last step
+    expected = jax.tree.map(lambda x: x[:count], whole)
+    expected = joined(expected)
+    keep = lambda x, value: x.at[count:].set(value)
+    unreached = jax.tree.map(lambda x: keep(x, jnp.inf), whole)
+    failed = jax.tree.map(lambda x: keep(x, jnp.nan), whole) | dict(
+        t=whole["t"], joint=whole["joint"]
+    )
+    for rows in (unreached, failed):
+        after = jax.tree.map(lambda x: x[:count], joined(rows))
+        jax.tree.map(np.testing.assert_array_equal, after, expected)
+    row = np.searchsorted(whole["t"], ENDS[6], side="right")
+    rise = whole["joint"]["rise"]
+    bad = rise["trace_covariance"].at[row].set(jnp.nan)
+    joint = whole["joint"] | dict(rise=rise | dict(trace_covariance=bad))
+    after = joined(whole | dict(joint=joint))
+    assert np.all(np.isfinite(after["trace_covariance"]))
+    np.testing.assert_array_equal(after["oscillation"], joined(whole)["oscillation"])
 
 
 def test_series_without_joints_are_what_they_are():

@@ -15,7 +15,7 @@ from ..checks import require_integer, require_positive
 from ..failures import Failure, choose, no_failure
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
-from ..solvers import ForesightController, Moreau, ProjectedRKC
+from ..solvers import ForesightController, Moreau, Piece, ProjectedRKC
 from .base import AbstractFlow, FlowState, Work
 from .central_term import GUARDS, CentralTerm
 from .dense import StepInterpolation
@@ -194,6 +194,10 @@ class CentralFlow(AbstractFlow):
             )
             if self.substeps is not None:
                 previous = dataclasses.replace(previous, unconverged=jnp.int32(0))
+            else:  # what was reported is not led to where the next step begins
+                of_X = y.observables["oscillating"]
+                piece = Piece(of_X, jnp.zeros_like(previous.dt))
+                previous = dataclasses.replace(previous, piece=piece)
             if expansion.eigenvectors.shape[0] == self.block_size:
                 return y, previous
         if self.substeps is None:

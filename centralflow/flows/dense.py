@@ -25,8 +25,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     oscillations are the `earlier` ones, and after it the sharpness that they hold is
     what it is at the end; and they have reached their end at the share `until`, up to
     which the sharpness is as it was. `rise` is by how much what oscillations add begins
-    higher than the step before had ended, and `constant` whether the step knew no
-    better than that it is constant (after the onset).
+    higher than the step before had ended, where it joins that, and `constant` whether
+    the step knew no better than that it is constant (after the onset).
     """
 
     t0: Any
@@ -91,7 +91,7 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             **linear.observables,
             "smooth": smooth,
             "oscillating": oscillating,
-            "joint": self._joint(x, smooth["loss"].dtype),
+            "joint": self._joint(x, weights.dtype),
         }
         return FlowState(weights, linear.optimizer_state, observables)
 
@@ -99,13 +99,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         since = (x - self.onset) / (1 - self.onset)
         goes_on = (x >= self.onset) & (self.until == 1)
         share = jnp.where(goes_on, share_of_rise(since, self.constant), 0)
-        real = lambda x: jnp.asarray(x, dtype)
-        return dict(
-            start=real(self.t0),
-            end=real(self.t1),
-            rise=self.rise,
-            share=real(share),
-        )
+        start, end, share = (jnp.asarray(x, dtype) for x in (self.t0, self.t1, share))
+        return dict(start=start, end=end, rise=self.rise, share=share)
 
     def _permitted(self) -> Float[Array, ""]:
         """The share of the bulge with which no variance becomes negative:

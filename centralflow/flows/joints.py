@@ -1,14 +1,9 @@
 """What oscillations add, where one long step joins the next.
 
-At the end of a step it is extrapolated, from the means over this step and the one
-before. Where it goes on smoothly, the mean over the next step tells what it was: what
-is linear in time between the middles of two steps has the means m0 and m1 over them,
-and is
-
-    (m0 dt1 + m1 dt0) / (dt0 + dt1)
-
-where they join. There the next step begins; and of the step before, what was reported
-is led there, as soon as it is known, without a change of the mean.
+A step knows better than the one before where that ended, and begins there
+(`solvers/course.py`). When all is done, what was reported of the step before is led
+there too, without a change of its mean: as far as a time in the next step was reported,
+to know it from.
 """
 
 from typing import Any
@@ -19,9 +14,9 @@ from jaxtyping import Array, Float, PyTree
 
 
 def no_joint(of_X: PyTree[Array], dtype: Any) -> dict[str, PyTree[Array]]:
-    """Of a time: `start` and `end` of its step, by how much the step begins higher than
-    the one before had ended, `rise`, and how much of such a rise at its own end is to
-    be added at this time, `share`. Here, nothing."""
+    """Of a time: `start` and `end` of its step; by how much the step begins higher than
+    the one before had ended, `rise`, if it joins that; and how much of such a rise at
+    its own end is to be added at this time, `share`. Here, nothing."""
     zero = jnp.zeros((), dtype)
     rise = jax.tree.map(jnp.zeros_like, of_X)
     return dict(start=zero, end=zero, rise=rise, share=zero)
@@ -41,23 +36,32 @@ def joined(rows: dict[str, PyTree[Array]]) -> dict[str, PyTree[Array]]:
         return rows
     after = jnp.searchsorted(rows["t"], joint["end"], side="right")
     after = jnp.minimum(after, rows["t"].size - 1)
-    share = jnp.where(joint["start"][after] == joint["end"], joint["share"], 0)
+    # A step that failed, or a row that was not reached, tells nothing.
+    known = (joint["start"][after] == joint["end"]) & jnp.isfinite(rows["t"][after])
+    known &= jnp.isfinite(rows["mean_loss"][after])
+    share = jnp.where(known, joint["share"], 0)
+    per_row = lambda x, like: x.reshape(-1, *[1] * (like.ndim - 1))
 
-    def added(rise: Float[Array, "T *c"]) -> Float[Array, "T *c"]:
-        return share.reshape(-1, *[1] * (rise.ndim - 1)) * rise[after]
-
-    rise = jax.tree.map(added, joint["rise"])
     # One share for all of a row, which are of one covariance: no variance is negative.
-    down = jnp.maximum(-rise["oscillation"], 0)
-    least = rows["oscillation"] / jnp.where(down > 0, down, 1)
-    permitted = jnp.min(jnp.where(down > 0, jnp.minimum(least, 1), 1), axis=1)
-    for name, change in rise.items():
-        rows[name] = jax.tree.map(
-            lambda x, d: x + permitted.reshape(-1, *[1] * (d.ndim - 1)) * d,
-            rows[name],
-            change,
-        )
-    for name in ("oscillation", "gradient_sq"):  # but for rounding
+    # One that is zero but for rounding, next to the largest, has no say in it.
+    variances = rows["oscillation"]
+    rise = jnp.where(known[:, None], joint["rise"]["oscillation"][after], 0)
+    down = jnp.maximum(-share[:, None] * rise, 0)
+    rounding = jnp.sqrt(jnp.finfo(down.dtype).eps)
+    too_much = (down > variances) & (
+        down > rounding * jnp.max(variances, axis=1, keepdims=True)
+    )
+    permitted = jnp.where(too_much, variances / jnp.where(too_much, down, 1), 1)
+    share = share * jnp.min(permitted, axis=1)
+
+    def led(x: Float[Array, "T *c"], rise: Float[Array, "T *c"]) -> Array:
+        change = per_row(share, x) * rise[after]
+        there = per_row(share != 0, x) & jnp.isfinite(change)
+        return x + jnp.where(there, change, 0)
+
+    for name, rise in joint["rise"].items():
+        rows[name] = jax.tree.map(led, rows[name], rise)
+    for name in ("oscillation", "gradient_sq"):
         rows[name] = jnp.maximum(rows[name], 0)
     rows["oscillation"] = -jnp.sort(-rows["oscillation"], axis=1)
     return rows

@@ -43,7 +43,7 @@ def record(term: Any, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> Flo
     observables = dict(
         smooth=smooth,
         oscillating=oscillating,
-        joint=no_joint(oscillating, loss.dtype),
+        joint=no_joint(oscillating, y.weights.dtype),
         error=jnp.zeros_like(loss),
         approach=jnp.zeros((2, k), loss.dtype),
         work=e.work,

@@ -124,11 +124,11 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
         for e in (step.before, e0, step.predicted, e)
     )
     both = jnp.isfinite(before) & jnp.isfinite(predicted)
-    speed = jnp.where(both, jnp.maximum(predicted - before, 0), 0) / step.dt
+    speed = jnp.where(both, predicted - before, 0) / step.dt
     all_three = both & jnp.isfinite(earlier) & (e0.held == 0) & (e.held == 0)
     last = jnp.where(all_three, before - earlier, 0) * step.ratio / step.dt
     gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
-    speed += gain * step.ratio / (1 + step.ratio)
+    speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)
 

@@ -1,5 +1,6 @@
 """How a flow is stepped: Diffrax solvers, knowing nothing of losses or optimizers."""
 
+from .course import Piece as Piece
 from .foresight import ForesightController as ForesightController
 from .moreau import Moreau as Moreau
 from .pausing import Pause as Pause

@@ -7,11 +7,9 @@ middles of two steps, of means m0 and m1, is
 
     (m0 dt1 + m1 dt0) / (dt0 + dt1)
 
-where they join. There the next step begins (and `flows/joints.py` leads what is
-reported of the step before there, too).
+where they join. There the next step begins; and `flows/joints.py` leads there what is
+reported of the step before.
 """
-
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,7 +20,7 @@ from ..failures import choose
 
 
 class Piece(eqx.Module):
-    """Of a step, the part since X jumped, or until it is zero: its mean and length."""
+    """Of a step, the part since X jumped: its mean and length."""
 
     mean: PyTree[Array]
     length: Float[Array, ""]
@@ -38,16 +36,15 @@ class Course(eqx.Module):
     it is `constant` after that, for nothing better is known. Where X is zero at the end
     it falls from the `first` value to that at the share `until`. Elsewhere it is a
     parabola from the `first` to the `last` value, whose mean exceeds theirs by the
-    `bulge`. It begins by `rise` higher than the step before had ended; were it to begin
-    there, the bulge would be the `extrapolated` one. `piece` goes on into the next."""
+    `bulge`. Where it joins the step before, it begins by `rise` higher than that had
+    ended; were it to begin there, the bulge would be the `extrapolated` one. `piece`
+    goes on into the next step."""
 
     first: PyTree[Array]
     last: PyTree[Array]
     rise: PyTree[Array]
     bulge: PyTree[Array]
     extrapolated: PyTree[Array]
-    onset: Float[Array, ""]
-    until: Float[Array, ""]
     constant: Bool[Array, ""]
     piece: Piece
 
@@ -57,7 +54,7 @@ def course(
     end: PyTree[Array],
     mean: PyTree[Array],
     before: PyTree[Array],
-    piece: Any,
+    piece: Piece,
     dt: Float[Array, ""],
     onset: Float[Array, ""],
     until: Float[Array, ""],
@@ -69,25 +66,19 @@ def course(
     this one; its `mean` over this step and that `before`, and the `piece` of the
     latter; and whether X at the start is `unknown`, was taken as `linear` in time, and
     is `smooth`, the same rows being tight."""
-    scaled = lambda share, tree: jax.tree.map(lambda x: share * x, tree)
     subtract = lambda a, b: jax.tree.map(jnp.subtract, a, b)
     after = lambda mean, before: (mean - onset * before) / (1 - onset)
     last = choose(onset > 0, jax.tree.map(after, mean, earlier), end)
     constant = unknown | (onset > 0)
-    first = choose(constant, last, earlier)
+    start = choose(constant, last, earlier)
     curved = linear & (onset == 0) & (until == 1)
     extrapolated = jax.tree.map(
         lambda a, b, m, m0: jnp.where(curved & jnp.isfinite(m0), m - (a + b) / 2, 0),
-        first, last, mean, before,
+        start, last, mean, before,
     )  # fmt: skip
 
-    new = choose(
-        onset > 0,
-        Piece(last, (1 - onset) * dt),
-        Piece(scaled(1 / until, mean), until * dt),
-    )
-    joins = linear & (onset == 0) & (smooth | (until < 1))
-    joint = choose(joins, piece.joint(new), first)
-    rise = subtract(joint, first)
-    bulge = subtract(extrapolated, scaled(jnp.where(until < 1, 0, 0.5), rise))
-    return Course(joint, last, rise, bulge, extrapolated, onset, until, constant, new)
+    new = choose(onset > 0, Piece(last, (1 - onset) * dt), Piece(mean, dt))
+    first = choose(curved & smooth, piece.joint(new), start)
+    rise = subtract(first, start)
+    bulge = jax.tree.map(lambda b, r: b - r / 2, extrapolated, rise)
+    return Course(first, last, rise, bulge, extrapolated, constant, new)
