@@ -23,9 +23,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
         now.
-    - `loss`: three times what the defect means for the loss, over the loss, unless that
-        is exactly zero. Ten times before the edge: where nothing is held, nothing draws
-        back what is ahead or late, and the errors of all steps add up.
+    - `loss`: what the defect means for the loss, over the loss, unless that is exactly
+        zero.
     - `correction`: what the correction means for the loss, over the mean loss. (In a
         flow that comes to rest at the edge, the loss itself falls twice as fast as what
         X adds to it, and is soon a small part.)
@@ -97,11 +96,7 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         path=jnp.where(before_the_edge & faster, 0.5, 0.05)
         * norm(defect)
         / (distance + rest),
-        loss=jnp.where(
-            loss > 9 * tiny,
-            jnp.where(before_the_edge, 10, 3) * jnp.abs(gradient @ defect) / loss,
-            0,
-        ),
+        loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
         jump=0.1 * jump * beyond_noise(0.1),
         violation=_root(violation / kappa) ** 2,
@@ -114,21 +109,14 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
 
 def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     """How far the eigenvalues are below the edge, and the speeds at which they came
-    nearer in the prediction, in units in which a violation is the root of its error.
-    The mean speeds; but before the edge, where one has grown since the last step, that
-    at the end of this one, if it went on growing."""
+    nearer in the prediction, in units in which a violation is the root of its error."""
     kappa = term.optimizer.critical_sharpness
-    e0, e = step.expansion0, step.expansion1
-    earlier, before, predicted, after = (
+    before, predicted, after = (
         jnp.where(jnp.arange(e.sharpness.size) < e.known, e.sharpness, -jnp.inf)
-        for e in (step.before, e0, step.predicted, e)
+        for e in (step.expansion0, step.predicted, step.expansion1)
     )
     both = jnp.isfinite(before) & jnp.isfinite(predicted)
-    speed = jnp.where(both, predicted - before, 0) / step.dt
-    all_three = both & jnp.isfinite(earlier) & (e0.held == 0) & (e.held == 0)
-    last = jnp.where(all_three, before - earlier, 0) * step.ratio / step.dt
-    gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
-    speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
+    speed = jnp.where(both, jnp.maximum(predicted - before, 0), 0) / step.dt
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)
 

@@ -318,8 +318,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
             change,
             excess,
             middle,
-            s.before,
-            ratio,
             # of which the step before is to blame for a share
             tree_map(lambda x: 2 * ratio / (1 + ratio) * x, of_X.extrapolated),
         )

@@ -101,8 +101,6 @@ class Step(eqx.Module):
     correction: PyTree[Array]  # what the change of the forcing did to y1
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
     middle: Any  # what is known of the middle of a step of modes that ring
-    before: Any  # the expansion one step before its start
-    ratio: Float[Array, ""]  # of its length to that of the step before, or zero
     bulge: PyTree[Array]  # how far X's observables are from linear, in the mean
 
 
