@@ -412,7 +412,7 @@ _MISSING = {
 }
 
 
-def _concatenated(path: Any, *blocks: np.ndarray) -> Array:
+def _concatenated(path: Any, *blocks: Array | np.ndarray) -> Array:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if name in _MISSING:
         wide = lambda x: [(0, 0), (0, blocks[-1].shape[1] - x.shape[1])]
