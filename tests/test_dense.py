@@ -11,21 +11,26 @@ from centralflow.flows.dense import StepInterpolation, crossing
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+def of_X(variances):
+    """What two variances add: themselves, and their sum."""
+    return dict(
+        oscillation=variances, gradient_sq=variances, trace_covariance=variances.sum()
+    )
+
+
+def state(variances):
+    smooth = dict(
+        loss=jnp.ones(()),
+        grad_norm_sq=jnp.ones(()),
+        metrics={},
+        sharpness=jnp.full(2, 2.0),
+    )
+    observables = dict(smooth=smooth, oscillating=of_X(variances))
+    return FlowState(jnp.ones(3), (), observables)
+
+
 def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
-    """A step in which only the oscillation changes, of two variances and their sum."""
-
-    def state(variances):
-        smooth = dict(
-            loss=jnp.ones(()),
-            grad_norm_sq=jnp.ones(()),
-            metrics={},
-            sharpness=jnp.full(2, 2.0),
-        )
-        return FlowState(
-            jnp.ones(3), (), dict(smooth=smooth, oscillating=of(variances))
-        )
-
-    of = lambda v: dict(oscillation=v, gradient_sq=v, trace_covariance=jnp.sum(v))
+    """A step in which only the oscillation changes."""
     a, b, bulge, earlier = map(jnp.asarray, (a, b, bulge, earlier))
     ratio, onset, until = map(jnp.asarray, (0.0, onset, until))
     y0, y1 = state(a), state(b)
@@ -33,7 +38,8 @@ def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
     t0, t1 = jnp.asarray(10.0), jnp.asarray(30.0)
     return StepInterpolation(
         t0, t1, y0, y1, rest, rest, y0,
-        ratio, of(earlier), onset, until, of(bulge), of(0 * a), jnp.asarray(onset > 0),
+        ratio, of_X(earlier), onset, until, of_X(bulge), of_X(0 * a),
+        jnp.asarray(onset > 0),
     )  # fmt: skip
 
 

@@ -227,9 +227,12 @@ def test_the_multiplier_has_the_mean_that_holds_the_edge():
     # where they end. (With Sigma linear between the ends of steps it is 1e-2.)
     balance = 2 * (np.trapezoid(b) - (y[-1] - y[0]) / eta)
     np.testing.assert_allclose(np.trapezoid(Sigma), balance, rtol=4e-3)
-    # And it is 2 b at each time, but for 2.6 % in the mean. (Were each step to begin
-    # where the one before was extrapolated to, 4.3 %.)
-    assert np.mean(np.abs(Sigma / (2 * b) - 1)[1:]) < 0.035
+    # And it is 2 b at each time, but for 2.6 % in the mean (4.3 % if each step began
+    # where the one before was extrapolated to), without jumps: after the first steps
+    # 2 b changes by at most 8e-4 in one, Sigma by 1.3e-3 (1.2e-2 if steps are not
+    # joined).
+    assert np.mean(np.abs(Sigma - 2 * b)[1:]) < 0.03 * np.mean(2 * b)
+    assert np.max(np.abs(np.diff(Sigma[50:]))) < 2e-3
 
 
 # A small network.

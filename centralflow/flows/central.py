@@ -19,6 +19,7 @@ from ..solvers import ForesightController, Moreau, Piece, ProjectedRKC
 from .base import AbstractFlow, FlowState, Work
 from .central_term import GUARDS, CentralTerm
 from .dense import StepInterpolation
+from .joints import no_joint
 from .response import state_decay
 from .stiff_central_term import StiffCentralTerm
 
@@ -223,7 +224,8 @@ class CentralFlow(AbstractFlow):
             trace_covariance=oscillating["trace_covariance"],
         )
         if self.substeps is None:
-            joint = dict(y.observables["joint"])
+            joint = y.observables.get("joint")  # between steps there is none
+            joint = dict(joint or no_joint(oscillating, y.weights.dtype))
             rise = dict(joint.pop("rise"))
             rise["mean_loss"] = rise.pop("loss")
             rise["mean_grad_norm_sq"] = rise.pop("grad_norm_sq")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 def no_joint(of_X: PyTree[Array], dtype: Any) -> dict[str, PyTree[Array]]:
     """Of a time: `start` and `end` of its step; by how much the step begins higher than
     the one before had ended, `rise`, if it joins that; and how much of such a rise at
-    its own end is to be added at this time, `share`. Here, nothing."""
+    its own end is to be added at this time, `share`. Between steps, nothing."""
     zero = jnp.zeros((), dtype)
     rise = jax.tree.map(jnp.zeros_like, of_X)
     return dict(start=zero, end=zero, rise=rise, share=zero)

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ..precision import full_precision
 from .base import FlowState
 from .expansion import Expansion
-from .joints import no_joint
 
 _matmul = full_precision(jnp.matmul)
 
@@ -43,7 +42,6 @@ def record(term: Any, y: FlowState, e: Expansion, X: Float[Array, "k k"]) -> Flo
     observables = dict(
         smooth=smooth,
         oscillating=oscillating,
-        joint=no_joint(oscillating, y.weights.dtype),
         error=jnp.zeros_like(loss),
         approach=jnp.zeros((2, k), loss.dtype),
         work=e.work,
