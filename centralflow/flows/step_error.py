@@ -23,8 +23,9 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         norm of P. Ten times that before the edge, while the loss falls ever faster, as
         it does when a plateau is left: how late it is will matter more than it does
         now.
-    - `loss`: what the defect means for the loss, over the loss, unless that is exactly
-        zero.
+    - `loss`: ten times what the defect means for the loss, over the loss, unless that
+        is exactly zero. Where the loss falls exponentially, nothing draws back what is
+        ahead or late, and the errors of all steps add up.
     - `correction`: what the correction means for the loss, over the mean loss. (In a
         flow that comes to rest at the edge, the loss itself falls twice as fast as what
         X adds to it, and is soon a small part.)
@@ -81,11 +82,13 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     # In steps of a few units a change of X is answered to exactly.
     long = step.dt / (step.dt + 5)
     jump = norm(correction) / (distance + rest) * long
-    change = jnp.max(moved)
     # An X that moves with less of a change of the constraint is eigenvectors' noise.
-    beyond_noise = lambda share: change / (change + share * term.rtol * kappa)
+    # (How far the constraint changes with the bulge tells what X as a whole does for
+    # it: what has changed in a step may be nothing, by chance.)
+    beyond_noise = lambda change, share: change / (change + share * term.rtol * kappa)
     of_X = step.y1.observables["oscillating"]["loss"]
-    bulge = jnp.abs(step.bulge["loss"]) / (loss + 5 * of_X)
+    bulge = jnp.abs(step.bulge["loss"])
+    bends = step.relief * bulge / jnp.where(of_X > 0, of_X, 1)
     between = jnp.zeros_like(jump)
     if term.rings:
         of_loss = lambda rate: rate.observables["smooth"]["loss"]
@@ -96,12 +99,12 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         path=jnp.where(before_the_edge & faster, 0.5, 0.05)
         * norm(defect)
         / (distance + rest),
-        loss=jnp.where(loss > 9 * tiny, 3 * jnp.abs(gradient @ defect) / loss, 0),
+        loss=jnp.where(loss > 9 * tiny, 10 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
-        jump=0.1 * jump * beyond_noise(0.1),
+        jump=0.1 * jump * beyond_noise(jnp.max(moved), 0.1),
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
-        oscillation=2 * bulge * long * beyond_noise(2e-3),
+        oscillation=2 * bulge / (loss + 5 * of_X) * long * beyond_noise(bends, 5e-4),
         between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
@@ -109,14 +112,21 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
 
 def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     """How far the eigenvalues are below the edge, and the speeds at which they came
-    nearer in the prediction, in units in which a violation is the root of its error."""
+    nearer in the prediction, in units in which a violation is the root of its error.
+    The mean speeds; but before the edge, where one has grown since the last step, that
+    at the end of this one, if it went on growing."""
     kappa = term.optimizer.critical_sharpness
-    before, predicted, after = (
+    e0, e = step.expansion0, step.expansion1
+    earlier, before, predicted, after = (
         jnp.where(jnp.arange(e.sharpness.size) < e.known, e.sharpness, -jnp.inf)
-        for e in (step.expansion0, step.predicted, step.expansion1)
+        for e in (step.before, e0, step.predicted, e)
     )
     both = jnp.isfinite(before) & jnp.isfinite(predicted)
-    speed = jnp.where(both, jnp.maximum(predicted - before, 0), 0) / step.dt
+    speed = jnp.where(both, predicted - before, 0) / step.dt
+    all_three = both & jnp.isfinite(earlier) & (e0.held == 0) & (e.held == 0)
+    last = jnp.where(all_three, before - earlier, 0) * step.ratio / step.dt
+    gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
+    speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)
 

@@ -316,8 +316,11 @@ class ProjectedRKC(diffrax.AbstractSolver):
             linearized,
             defect,
             change,
+            relief,
             excess,
             middle,
+            s.before,
+            ratio,
             # of which the step before is to blame for a share
             tree_map(lambda x: 2 * ratio / (1 + ratio) * x, of_X.extrapolated),
         )

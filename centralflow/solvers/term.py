@@ -99,8 +99,11 @@ class Step(eqx.Module):
     linearized: Float[Array, "k k"]  # what the constraint at y1 should be
     defect: PyTree[Array]  # an estimate of y1's error with the forcing as it is
     correction: PyTree[Array]  # what the change of the forcing did to y1
+    relief: Float[Array, ""]  # how far X keeps the constraint up
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
     middle: Any  # what is known of the middle of a step of modes that ring
+    before: Any  # the expansion one step before its start
+    ratio: Float[Array, ""]  # of its length to that of the step before, or zero
     bulge: PyTree[Array]  # how far X's observables are from linear, in the mean
 
 
