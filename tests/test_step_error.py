@@ -75,7 +75,9 @@ def test_when_a_plateau_is_left(rtol):
     assert abs(delay) < 20 * rtol
 
 
-@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize(
+    "held", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1)]
+)
 @pytest.mark.parametrize(
     ("before", "start", "end", "speed"),
     [
@@ -83,24 +85,26 @@ def test_when_a_plateau_is_left(rtol):
         (1.0, 4.0, 16.0, 8.0),
         (4.0, 6.0, 10.0, 2.0),  # no faster than before
         (3.0, 2.5, 1.5, 0.0),  # as fast as before, but away from the edge
-        (5.0, 1.0, 0.0, 11 / 6),  # from -4 over -1/2: the parabola has turned
+        (5.0, 1.0, 0.0, 0.0),  # more slowly, but still away from it
+        (5.0, 1.0, 4.0, 2.5),  # it has turned, at an unknown time: 3/2 (1 + 2/3)
         (1.0, 1.0, 1.0, 0.0),
     ],
 )
 def test_the_speed_of_approach(before, start, end, speed, held):
-    """Of a step of two, after one of one. Once anything is held, it is the mean one."""
-    expansion = lambda value: types.SimpleNamespace(
+    """Of a step of 2, after one of 1. Where anything is held, it is the mean one."""
+    expansion = lambda value, held: types.SimpleNamespace(
         sharpness=jnp.array([value]), known=1, held=held
     )
     optimizer = types.SimpleNamespace(critical_sharpness=20.0)
     names = ("before", "expansion0", "predicted", "expansion1")
+    expansions = map(expansion, (before, start, end, end), held)
     step = types.SimpleNamespace(
         dt=jnp.asarray(2.0), ratio=jnp.asarray(2.0), excess=0.0,
-        **dict(zip(names, map(expansion, (before, start, end, end)), strict=True)),
+        **dict(zip(names, expansions, strict=True)),
     )  # fmt: skip
     found = inspect.unwrap(approach)  # of stand-ins, whose types are not checked
     left, found = found(types.SimpleNamespace(optimizer=optimizer), step)
-    if held:
+    if any(held):
         speed = max((end - start) / 2, 0)
     np.testing.assert_allclose(found / 5 * 20, [speed], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(left / 5, [(20 - end) / 20], rtol=1e-6)

@@ -37,7 +37,7 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         the mean loss. Its values at the ends of steps are extrapolated, and are off by
         about that; one at the start by what was to be expected of the step before.
         Where X is most of the loss, five times as much is permitted: more than the
-        eigenvectors' noise in X.
+        eigenvectors' noise in X. (`jump` and this count less where it is noise alone.)
     - `between`: of modes that ring, how far the loss at the middle of the step is from
         the cubic through its ends.
     - `P`: how far the step sizes 1/P are from linear in time; a schedule of the
@@ -83,12 +83,17 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     long = step.dt / (step.dt + 5)
     jump = norm(correction) / (distance + rest) * long
     # An X that moves with less of a change of the constraint is eigenvectors' noise.
-    # (How far the constraint changes with the bulge tells what X as a whole does for
-    # it: what has changed in a step may be nothing, by chance.)
-    beyond_noise = lambda change, share: change / (change + share * term.rtol * kappa)
+    eps = jnp.finfo(step.dt.dtype).eps
+    noise_of = lambda share: (share * term.rtol + 4 * eps) * kappa
+    beyond_noise = lambda change, share: change / (change + noise_of(share))
+    change = jnp.max(moved)
+    # What did change may be nothing, by chance. To the bulge the constraint answers
+    # with what it would lose with X, times the share of X that the bulge is.
     of_X = step.y1.observables["oscillating"]["loss"]
     bulge = jnp.abs(step.bulge["loss"])
-    bends = step.relief * bulge / jnp.where(of_X > 0, of_X, 1)
+    answer = step.relief * bulge / jnp.where(of_X > 0, of_X, jnp.inf)
+    answer = jnp.clip(answer, change, kappa)
+    bulge = jnp.minimum(bulge / (loss + 5 * of_X), 1 / eps)
     between = jnp.zeros_like(jump)
     if term.rings:
         of_loss = lambda rate: rate.observables["smooth"]["loss"]
@@ -101,10 +106,10 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
         / (distance + rest),
         loss=jnp.where(loss > 9 * tiny, 10 * jnp.abs(gradient @ defect) / loss, 0),
         correction=jnp.abs(gradient @ correction) / (loss + of_X),
-        jump=0.1 * jump * beyond_noise(jnp.max(moved), 0.1),
+        jump=0.1 * jump * beyond_noise(change, 0.1),
         violation=_root(violation / kappa) ** 2,
         remainder=remainder / kappa,
-        oscillation=2 * bulge / (loss + 5 * of_X) * long * beyond_noise(bends, 5e-4),
+        oscillation=2 * bulge * long * beyond_noise(answer, 5e-4),
         between=between,
         P=0.1 * _variation_of_step_size(term.optimizer, step),
     )
@@ -113,8 +118,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
 def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     """How far the eigenvalues are below the edge, and the speeds at which they came
     nearer in the prediction, in units in which a violation is the root of its error.
-    The mean speeds; but before the edge, where one has grown since the last step, that
-    at the end of this one, if it went on growing."""
+    The mean speeds; but while nothing is held, where one has grown since the last step,
+    that at the end of this one, if it went on growing."""
     kappa = term.optimizer.critical_sharpness
     e0, e = step.expansion0, step.expansion1
     earlier, before, predicted, after = (
@@ -123,8 +128,10 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     )
     both = jnp.isfinite(before) & jnp.isfinite(predicted)
     speed = jnp.where(both, predicted - before, 0) / step.dt
-    all_three = both & jnp.isfinite(earlier) & (e0.held == 0) & (e.held == 0)
+    none_held = (step.before.held == 0) & (e0.held == 0) & (e.held == 0)
+    all_three = none_held & both & jnp.isfinite(earlier)
     last = jnp.where(all_three, before - earlier, 0) * step.ratio / step.dt
+    last = jnp.maximum(last, 0)
     gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
     speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)

@@ -35,8 +35,8 @@ class ForesightController(diffrax.AbstractAdaptiveStepSizeController):
 
     An error estimate looks back, and where a row of the constraint is about to become
     tight it says nothing: the next step would be rejected, several times. So a step is
-    at most so long that no row, at its last speed, exceeds the constraint by more than
-    the tolerance allows.
+    at most so long that no row, at the speed of the term's `approach`, exceeds the
+    constraint by more than the tolerance allows.
 
     A step is accepted with an error of up to twice the tolerance, and the next is
     shorter: to do it again would cost as much as a step, to make one error of many half

@@ -99,7 +99,7 @@ class Step(eqx.Module):
     linearized: Float[Array, "k k"]  # what the constraint at y1 should be
     defect: PyTree[Array]  # an estimate of y1's error with the forcing as it is
     correction: PyTree[Array]  # what the change of the forcing did to y1
-    relief: Float[Array, ""]  # how far X keeps the constraint up
+    relief: Float[Array, ""]  # how far X at the end keeps the constraint up
     excess: Float[Array, ""]  # a violation of the constraint that is permitted
     middle: Any  # what is known of the middle of a step of modes that ring
     before: Any  # the expansion one step before its start
@@ -173,7 +173,7 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def remembered(self, expansion: Any) -> Any:
-        """What `expand_ahead` and `onset` need of an expansion one step before."""
+        """What `expand_ahead`, `onset` and `approach` need of that one step before."""
 
     @abc.abstractmethod
     def exact_along(
