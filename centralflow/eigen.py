@@ -10,6 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .precision import full_precision
 
+# The residuals that guards may have, in those of the wanted pairs.
+_LOOSELY = 4
+# The random part of the scout, and of a guard in its place; and the shift of its power
+# step, over the largest eigenvalue. With 0.1 and 1/4 it was late for what rose fast.
+_NOISE, _NOISE_OF_GUARD, _SHIFT = 0.3, 0.1, 1 / 16
+
 # Product by product: the user's operator is called in between.
 _matmul = full_precision(jnp.matmul)
 
@@ -138,19 +144,20 @@ def top_eigenpairs(
     - `count`: How many rows of `start` are used. Further rows of the result are a
         by-product, in case `count` is larger in the next call.
     - `wanted`: How many pairs have to converge, `wanted <= count`. The others are
-        guards: they cost an application each, are followed loosely, and show an
-        eigenvalue that is about to overtake the wanted ones.
+        guards: they cost an application each, are followed loosely (to 4 times the
+        tolerance), and show an eigenvalue that is about to overtake the wanted ones.
     - `tolerance`: The largest residual norm |A v - λ v| allowed, over the largest |Ritz
         value|. (It must be relative: next to an operator with few large eigenvalues a
         random vector has a small residual, and a small Ritz value.)
     - `max_sweeps`: The largest number of sweeps.
     - `above`: Pairs of larger Ritz values are wanted too, as far as `count` goes.
-    - `key`: If given, the last of the `count` vectors is perturbed at random by a tenth
-        of its length, and at least one sweep is done, which costs an application if
-        there would have been none. Without, an eigenvector exactly orthogonal to
-        `start`, say by a symmetry, is not found no matter how large its eigenvalue
-        grows. It takes shape from call to call, so use this with a guard
-        (`wanted < count`) and a new key each time.
+    - `key`: If given, one row more of `start` is used, which is the *scout*, at one
+        application and no sweeps. It is perturbed at random by a third of its length,
+        and looks for eigenvectors that are not seen from the others: exactly orthogonal
+        to them, say by a symmetry, or on their way up from below. For this,
+        [`centralflow.eigen.scouted`][] is where the next call starts from, and the key
+        is another one each time. If `count` is k the last guard is perturbed instead,
+        by a tenth, and at least one sweep is done.
 
     **Returns:**
 
@@ -187,6 +194,7 @@ def top_eigenpairs(
     dtype = start.dtype
     count, wanted = jnp.minimum(count, n), jnp.minimum(wanted, n)
     row = jnp.arange(k)
+    scouts = 0 if key is None else jnp.where(count < jnp.minimum(k, n), 1, 0)
 
     def random(i):
         seed = jax.random.fold_in(jax.random.key(0) if key is None else key, i)
@@ -221,10 +229,12 @@ def top_eigenpairs(
         # a warm start, where each defect is the first-order change of its vector. And
         # one for the guards, the worst of them: with none they go stale and no longer
         # show what is about to be wanted; with all, they cost as much as if wanted.
-        missing = size < count  # the start was deficient: fill up by random directions
-        probe = (sweeps == 0) & (key is not None)
+        # If the start was deficient it is filled up by random directions.
+        missing = size < count + scouts
+        probe = (sweeps == 0) & (key is not None) & (scouts == 0)
         large = residuals > bound
-        is_guard = spanned & (large | probe) & ~is_wanted & (row < count)
+        stale = residuals > _LOOSELY * bound
+        is_guard = spanned & (stale | probe) & ~is_wanted & (row < count)
         worst = row == jnp.argmax(jnp.where(is_guard, residuals, -1))
         directions = _unit(jnp.where(spanned[:, None], defects, 0))
         guard = jnp.sum(jnp.where((is_guard & worst)[:, None], directions, 0), axis=0)
@@ -277,16 +287,17 @@ def top_eigenpairs(
             proceed=proceed,
         )
 
-    chosen = jnp.where((row < count)[:, None], _unit(start), 0)
+    chosen = jnp.where((row < count + scouts)[:, None], _unit(start), 0)
     if key is not None:
         # A random search direction instead would be uncoupled from vectors that have
         # converged, hence forgotten after each call. In a vector some of it stays: a
-        # sweep along the defect, nearly a power step, removes what belongs to small
-        # eigenvalues and magnifies what belongs to larger ones, of size n^-½ at first.
-        # The sign of an eigenvector, which is arbitrary, makes no difference.
-        noise = 0.1 * random(max_sweeps)
+        # step of the power method removes what belongs to small eigenvalues and
+        # magnifies what belongs to larger ones, of size n^-½ at first. The sign of an
+        # eigenvector, which is arbitrary, makes no difference.
+        noise = jnp.where(scouts > 0, _NOISE, _NOISE_OF_GUARD) * random(max_sweeps)
         noise = jnp.where(_matmul(chosen, noise)[:, None] < 0, -noise, noise)
-        chosen = _unit(chosen + jnp.where((row == count - 1)[:, None], noise, 0))
+        last = row == count + scouts - 1
+        chosen = _unit(chosen + jnp.where(last[:, None], noise, 0))
     init = _State(
         basis=jnp.zeros((m, n), dtype),
         images=jnp.zeros((m, n), dtype),
@@ -313,3 +324,17 @@ def top_eigenpairs(
         sweeps=final.sweeps,
         converged=final.converged,
     )
+
+
+def scouted(pairs: Eigenpairs, count: int | Int[Array, ""]) -> Float[Array, "k n"]:
+    """The vectors of `pairs`, found with this `count` and a `key`, where the next call
+    is to start: the scout takes a step of the power method, whose image is known.
+
+    As it has no sweeps, that is how it turns to the largest of the eigenvalues that are
+    left. The operator is shifted a little, since the largest of modulus, if negative,
+    is not what is looked for.
+    """
+    largest = jnp.max(jnp.where(jnp.isneginf(pairs.values), 0, pairs.values))
+    step = _unit(pairs.images + _SHIFT * largest * pairs.vectors)
+    scout = jnp.arange(len(step)) == count
+    return jnp.where(scout[:, None], step, pairs.vectors)

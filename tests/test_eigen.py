@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.sparse.linalg import lobpcg_standard
 
-from centralflow.eigen import top_eigenpairs
+from centralflow.eigen import scouted, top_eigenpairs
 
 DTYPES = ("float32", "float64")
 
@@ -275,39 +275,66 @@ def test_drift_is_tracked(angle):
     assert np.mean(products[1:]) < products[0] / 2
 
 
-def test_hidden_eigenvector_is_found():
-    # Coordinates never mix, so what is zero in the start remains exactly zero.
-    n, hidden = 400, 399
-    base = np.concatenate([[2.0, 1.9, 1.5, 1.2, 0.8], bulk(n - 5)])
-
-    def track(key):
-        vectors = random(6, n).at[:, hidden].set(0)
-        found = []
-        for t in range(80):
-            # It rises from among the bulk to above all others.
-            base[hidden] = 0.4 + 0.05 * t
-            noise = key if key is None else jax.random.fold_in(key, t)
-            matrix = jnp.asarray(np.diag(base), "float32")
-            pairs = solve(matrix, vectors, 4, 3, 2e-2, key=noise)
-            vectors = pairs.vectors
-            assert pairs.converged
-            found.append(abs(float(pairs.values[0]) - base.max()) <= 2e-2)
-        return found
-
-    assert not track(None)[-1]
-    found = track(jax.random.key(3))
-    # It is among the wanted from t = 23 on, found at t = 30, and the largest only from
-    # t = 33 on: the largest is never missed.
-    assert all(found)
+def follow(diagonals, key, k=6, hidden=399):
+    """Whether the largest value is known in each of a series of diagonal matrices, with
+    4 rows of k. Coordinates never mix: what is zero in the start remains exactly zero,
+    but for random perturbations."""
+    vectors, found = random(k, 400).at[:, hidden].set(0), []
+    for t, diagonal in enumerate(diagonals):
+        noise = key if key is None else jax.random.fold_in(key, t)
+        matrix = jnp.asarray(np.diag(diagonal), "float32")
+        pairs = solve(matrix, vectors, 4, 3, 2e-2, key=noise)
+        vectors = scouted(pairs, 4)
+        assert pairs.converged
+        found.append(abs(float(pairs.values[0]) - diagonal.max()) <= 2e-2)
+    return found
 
 
-def test_probe_costs_one_product():
+def rising(t, slope):
+    return np.concatenate([[2.0, 1.9, 1.5, 1.2, 0.8], bulk(394), [0.4 + slope * t]])
+
+
+@pytest.mark.parametrize("k", [4, 6])
+def test_hidden_eigenvector_is_found(k):
+    """One that rises from among the bulk to above all others. It is among the wanted
+    from t = 23 on, and the largest only from t = 33 on, which is never missed."""
+    diagonals = [rising(t, 0.05) for t in range(80)]
+    assert not follow(diagonals, None)[-1]
+    assert all(follow(diagonals, jax.random.key(3), k))
+
+
+def test_the_scout_finds_more_than_a_perturbed_guard():
+    """Of one that rises three times as fast, and is the largest from t = 11 on."""
+    diagonals, misses = [rising(t, 0.15) for t in range(25)], []
+    for k in (6, 4):
+        found = [follow(diagonals, jax.random.key(seed), k) for seed in range(8)]
+        assert np.all(np.array(found)[:, -1])
+        misses.append(np.sum(~np.array(found)))
+    assert misses[0] < misses[1]
+
+
+def test_the_scout_is_not_led_to_negative_eigenvalues():
+    """Without the shift the power method would turn to the largest modulus."""
+    diagonal = np.concatenate([[2.0, 1.9, 1.5, 1.2, 0.8], np.zeros(394), [-0.9]])
+    matrix, vectors = jnp.asarray(np.diag(diagonal), "float32"), random(6, 400)
+    for t in range(20):
+        key = jax.random.key(t)
+        pairs = solve(matrix, vectors, 4, 3, 2e-2, key=key)
+        vectors = scouted(pairs, 4)
+    assert abs(vectors[4] @ jnp.eye(400)[4]) > 0.9
+    # Nothing but the scout has moved.
+    np.testing.assert_array_equal(vectors[:4], pairs.vectors[:4])
+
+
+def test_scout_costs_one_product():
     matrix = jnp.asarray(symmetric(SPECTRA["separated"]), "float32")
     settled = solve(matrix, random(6, 200), 5, 5, 1e-3).vectors
     assert solve(matrix, settled, 5, 4, 1.1e-3).products == 5
-    probed = solve(matrix, settled, 5, 4, 1.1e-3, key=jax.random.key(0))
-    assert probed.products == 6
-    assert probed.converged
+    # As the sixth row; or, without room for it, for the perturbed guard.
+    for start in settled, settled[:5]:
+        found = solve(matrix, start, 5, 4, 1.1e-3, key=jax.random.key(0))
+        assert found.products == 6
+        assert found.converged
 
 
 def test_vmap():

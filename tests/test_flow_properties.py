@@ -129,34 +129,55 @@ def test_an_eigenvalue_that_comes_back():
     _complementarity(Problem(1376, 0.75))
 
 
-def _doubled(problem, carry, apart):
+def test_the_correction_raises_another():
+    """The second, at 1.83 in a prediction, to 2.05. It counts as not critical, and what
+    the critical one lacks was estimated from 1.83: the true sharpness was 2.084."""
+    _complementarity(Problem(858, 0.75))
+
+
+def test_one_comes_from_below_the_guards():
+    """Third at the start, and not coupled to the first two, which were the only ones
+    tracked: at t = 36 it passes the second, and in steps of 5 to 8 was not found before
+    it was at 2.13."""
+    _complementarity(Problem(407840, 0.6713467287399002))
+
+
+def _doubled(problem, carry):
+    """How far two equal networks side by side, which go as one alone at twice the loss,
+    come apart, over the way that they go."""
     flow = cf.CentralFlow(carry_third_derivatives=carry)
     one, two = problem.predict(flow=flow), problem.predict(second=1.0, flow=flow)
     # Each is right to 3 rtol, as of test_long_steps.py.
     assert _difference(two.loss, 2 * one.loss) < 3 * RTOL
     assert np.nanmax(two.sharpness) <= 2 * (1 + 1.5 * VIOLATION)
-    # Where one is held, so is the other: they are not torn apart, though no sum of an
-    # eigenvector here and one there is better than another.
     first, second = two.weights[:, :SIZE], two.weights[:, SIZE:]
     travelled = np.linalg.norm(first[-1] - first[0])
-    assert np.max(np.linalg.norm(first - second, axis=1)) < apart * travelled
+    return np.max(np.linalg.norm(first - second, axis=1)) / travelled
 
 
-@_examples(4, 40)
-def test_double_eigenvalues(examples):
-    """Two equal networks side by side go as one alone, at twice the loss."""
-    _check(examples, lambda x: _doubled(x, carry=False, apart=RTOL), problems)
+def _together(problem):
+    # Where one is held, so is the other: they are not torn apart, though no sum of an
+    # eigenvector here and one there is better than another.
+    assert _doubled(problem, carry=False) < RTOL
+    assert _doubled(problem, carry=True) < 2 * RTOL
 
 
-@_examples(4, 40)
-def test_double_eigenvalues_with_carried_third_derivatives(examples):
-    # Apart by up to 1.43 rtol in 41 problems, less than 3 rtol, the error of each.
-    _check(examples, lambda x: _doubled(x, carry=True, apart=2 * RTOL), problems)
+def test_double_eigenvalues():
+    _check(4, _together, problems)
 
 
-@pytest.mark.xfail(strict=True, reason="1.43 rtol apart", raises=AssertionError)
-def test_carried_third_derivatives_keep_double_eigenvalues_together():
-    _doubled(Problem(0, 0.9375), carry=True, apart=RTOL)
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True])
+def test_double_eigenvalues_of_many(carry):
+    """In some problems it is the flow itself that leads them apart: with Problem(2418,
+    0.9375), 3.7 % at rtol = 1e-2, and still 1.5 % at 1e-3."""
+    random = np.random.default_rng(1)
+    draw = lambda: Problem(
+        int(random.integers(10**6)), float(random.uniform(0.5, 0.95))
+    )
+    apart = [_doubled(draw(), carry) for _ in range(40)]
+    assert np.mean(apart) < RTOL / 2
+    assert np.max(apart) < 2 * RTOL
 
 
 def _reordered(problem, order, rows):

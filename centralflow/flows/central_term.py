@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..eigen import top_eigenpairs
+from ..eigen import scouted, top_eigenpairs
 from ..failures import Failure, eigen_failure, first_of, largest, slope_failure, when
 from ..objective import FlatObjective
 from ..optimizers import AbstractOptimizer
@@ -241,7 +241,7 @@ class CentralTerm(AbstractComplementarityTerm):
             tolerance=tolerance.astype(w.dtype),
             max_sweeps=sweeps,
             above=self.edge,
-            # Looks for eigenvectors that a symmetry hides from those tracked.
+            # Looks for eigenvectors that cannot be seen from those tracked.
             key=jr.fold_in(jr.key(1), calls),
         )
         above = jnp.minimum(self.count_critical(pairs.values), count)
@@ -260,7 +260,7 @@ class CentralTerm(AbstractComplementarityTerm):
             slope=Slope(jnp.zeros((), w.dtype), jnp.zeros_like(w)),
             sharpness=sharpness,
             residuals=jnp.where(exists, pairs.residuals, 0),
-            eigenvectors=pairs.vectors / jnp.sqrt(P),
+            eigenvectors=scouted(pairs, count) / jnp.sqrt(P),
             hessian=jnp.diag(sharpness),
             gram=jnp.eye(k, dtype=w.dtype),
             forces=jnp.zeros((room * (room + 1) // 2, w.size), w.dtype),

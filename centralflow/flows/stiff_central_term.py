@@ -18,7 +18,7 @@ from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .carried import carried, exact_along
 from .central_term import CentralTerm
-from .coupling import coupling
+from .coupling import Coupling, coupling
 from .dense import crossing
 from .expansion import Expansion, Forcing, Slope, Staleness
 from .leapfrog import RingingResponse, leapfrog
@@ -33,6 +33,9 @@ _TURNED = 1.3
 # critical one by this share of the tolerance. (What it adds grows with the fourth power
 # of the step: twice as long, and it is a third.)
 _COUPLED = 0.02
+# Which share of the tolerance the sharpness may exceed that of the critical
+# eigenvectors by before the other tracked ones are looked at.
+_LOOK = 0.2
 # To what share of what X does to it in a step the sharpness is known; and the finest
 # tolerance of the eigenpairs, over the usual one.
 _KNOWN, _FINEST = 0.5, 0.05
@@ -103,13 +106,15 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             return self.spectrum(y, None, self.block_size, min(3, self.block_size))
         start = previous.eigenvectors
         if start.shape[0] == self.block_size:
-            # What of U the step before changed, once more.
+            # What of U the step before changed, once more; the scout goes its own way.
             P = self.optimizer.preconditioner(y.optimizer_state)
             old = before.eigenvectors * jnp.sqrt(P)
             norm = jnp.linalg.norm(old, axis=1, keepdims=True)
             old = jnp.where(norm > 0, old / jnp.where(norm > 0, norm, 1), 0)
             V = start * jnp.sqrt(P)
+            tracked = jnp.arange(self.block_size) < previous.tracked
             change = V - _matmul(_matmul(V, old.T), old)
+            change = jnp.where(tracked[:, None], change, 0)
             start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
         count, wanted = self.followed(previous)
         count = jnp.minimum(count + previous.affordable, self.block_size)
@@ -209,19 +214,45 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
 
     def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
-        active = jnp.arange(self.block_size) < e.critical
-        block = active[:, None] & active
-        images = self.objective.hvps(y.weights, U, e.critical)
-        gram = jnp.where(block, _matmul(U * P, U.T), e.gram)
-        tracked = jnp.arange(self.block_size) < e.tracked
-        kappa = self.optimizer.critical_sharpness
-        now = coupling(U, images, P, gram, e.sharpness, active, tracked, kappa)
+        kappa, rows = self.optimizer.critical_sharpness, jnp.arange(self.block_size)
+        above = lambda values: jnp.maximum(values[-1], kappa)
+
+        # What the critical eigenvectors lack is estimated from the others as they were;
+        # if that matters, these too are looked at: the correction may have raised them.
+        def look(carry):
+            first, last, images, *_, of_critical, _ = carry
+            more = self.objective.hvps(y.weights, jnp.roll(U, -first, 0), last - first)
+            images = images + jnp.roll(more, first, 0)
+            seen, tracked = rows < last, rows < e.tracked
+            gram = jnp.where(seen[:, None] & seen, _matmul(U * P, U.T), e.gram)
+            now = coupling(U, images, P, gram, e.sharpness, seen, tracked, kappa)
+            of_critical = jnp.where(first == 0, above(now.values), of_critical)
+            excess = now.excess + above(now.values) - of_critical
+            again = (last < e.tracked) & (excess > _LOOK * self.rtol * kappa)
+            return last, e.tracked, images, gram, now, excess, of_critical, again
+
+        none, zero = jnp.zeros_like(e.sharpness), jnp.zeros_like(e.excess)
+        nothing = Coupling(e.hessian, none, zero, none)
+        seen, _, _, gram, now, excess, *_ = jax.lax.while_loop(
+            lambda carry: carry[-1],
+            look,
+            (
+                jnp.int32(0),
+                e.critical,
+                jnp.zeros_like(U),
+                e.gram,
+                nothing,
+                zero,
+                zero,
+                jnp.bool_(True),
+            ),
+        )
         rank = jnp.sum(held(jnp.linalg.eigvalsh(X)), dtype=jnp.int32)
         enough = now.lost < _COUPLED * self.rtol * kappa
-        enough &= jnp.arange(self.block_size) >= rank
+        enough &= rows >= rank
         work = Work(
             gradients=stages,  # one less in the step, and one at its end
-            hvps=e.critical,
+            hvps=seen,
             unconverged=(~converged).astype(jnp.int32),
         )
         return dataclasses.replace(
@@ -232,7 +263,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             gram=gram,
             forces=e.forces if self.carry_forces else e.forces[:0],
             held=rank,
-            excess=now.excess,
+            excess=excess,
             coupled=jnp.argmax(enough).astype(jnp.int32),
             work=e.work + work,
         )
