@@ -171,7 +171,7 @@ def test_double_eigenvalues():
 def test_double_eigenvalues_of_many(carry):
     """In some problems it is the flow itself that leads them apart: with Problem(2418,
     0.9375), 3.7 % at rtol = 1e-2, and still 1.5 % at 1e-3."""
-    random = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     draw = lambda: Problem(
         int(random.integers(10**6)), float(random.uniform(0.5, 0.95))
     )
