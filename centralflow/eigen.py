@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .precision import full_precision
 
-# The residuals that guards may have, in those of the wanted pairs.
+# The residuals that guards may have if there is a scout, in those of the wanted pairs.
 _LOOSELY = 4
 # The random part of the scout, and of a guard in its place; and the shift of its power
 # step, over the largest eigenvalue. With 0.1 and 1/4 it was late for what rose fast.
@@ -141,22 +141,23 @@ def top_eigenpairs(
     - `start`: Guesses for the eigenvectors, as rows; their number k bounds `count`.
         They need not be orthonormal. Rows that are zero, not finite or dependent are
         replaced by random ones: `start` may be zero if nothing is known.
-    - `count`: How many rows of `start` are used. Further rows of the result are a
-        by-product, in case `count` is larger in the next call.
+    - `count`: How many rows of `start` are used, but for a scout. Further rows of the
+        result are a by-product, in case `count` is larger in the next call.
     - `wanted`: How many pairs have to converge, `wanted <= count`. The others are
-        guards: they cost an application each, are followed loosely (to 4 times the
-        tolerance), and show an eigenvalue that is about to overtake the wanted ones.
+        guards: they cost an application each, are followed loosely (with a scout, to 4
+        times the tolerance), and show an eigenvalue that is about to overtake the
+        wanted ones.
     - `tolerance`: The largest residual norm |A v - λ v| allowed, over the largest |Ritz
         value|. (It must be relative: next to an operator with few large eigenvalues a
         random vector has a small residual, and a small Ritz value.)
     - `max_sweeps`: The largest number of sweeps.
     - `above`: Pairs of larger Ritz values are wanted too, as far as `count` goes.
     - `key`: If given, one row more of `start` is used, which is the *scout*, at one
-        application and no sweeps. It is perturbed at random by a third of its length,
-        and looks for eigenvectors that are not seen from the others: exactly orthogonal
-        to them, say by a symmetry, or on their way up from below. For this,
-        [`centralflow.eigen.scouted`][] is where the next call starts from, and the key
-        is another one each time. If `count` is k the last guard is perturbed instead,
+        application and no sweeps, but for one if it has found nothing positive. It is
+        perturbed at random by a third of its length, and looks for eigenvectors that
+        are not seen from the others: exactly orthogonal to them, say by a symmetry, or
+        on their way up from below. For this, [`centralflow.eigen.scouted`][] is where
+        the next call starts from, and the key is another one each time. If `count` is k the last guard is perturbed instead,
         by a tenth, and at least one sweep is done.
 
     **Returns:**
@@ -231,10 +232,12 @@ def top_eigenpairs(
         # show what is about to be wanted; with all, they cost as much as if wanted.
         # If the start was deficient it is filled up by random directions.
         missing = size < count + scouts
-        probe = (sweeps == 0) & (key is not None) & (scouts == 0)
+        seeks = jnp.any((row == count) & (scouts > 0) & (θ > 0))
+        probe = (sweeps == 0) & (key is not None) & ~seeks
         large = residuals > bound
-        stale = residuals > _LOOSELY * bound
-        is_guard = spanned & (stale | probe) & ~is_wanted & (row < count)
+        stale = residuals > jnp.where(scouts > 0, _LOOSELY, 1) * bound
+        is_guard = spanned & stale & ~is_wanted & (row < count)
+        is_guard |= spanned & probe & ~is_wanted & (row < count + scouts)
         worst = row == jnp.argmax(jnp.where(is_guard, residuals, -1))
         directions = _unit(jnp.where(spanned[:, None], defects, 0))
         guard = jnp.sum(jnp.where((is_guard & worst)[:, None], directions, 0), axis=0)
@@ -332,9 +335,10 @@ def scouted(pairs: Eigenpairs, count: int | Int[Array, ""]) -> Float[Array, "k n
 
     As it has no sweeps, that is how it turns to the largest of the eigenvalues that are
     left. The operator is shifted a little, since the largest of modulus, if negative,
-    is not what is looked for.
+    is not what is looked for. Once it is at a negative one it begins anew.
     """
-    largest = jnp.max(jnp.where(jnp.isneginf(pairs.values), 0, pairs.values))
-    step = _unit(pairs.images + _SHIFT * largest * pairs.vectors)
+    values = jnp.where(jnp.isneginf(pairs.values), 0, pairs.values)
+    step = _unit(pairs.images + _SHIFT * jnp.max(values) * pairs.vectors)
+    step = jnp.where(values[:, None] < 0, 0, step)
     scout = jnp.arange(len(step)) == count
     return jnp.where(scout[:, None], step, pairs.vectors)

@@ -310,14 +310,16 @@ def test_the_scout_finds_more_than_a_perturbed_guard():
         found = [follow(diagonals, jax.random.key(seed), k) for seed in range(8)]
         assert np.all(np.array(found)[:, -1])
         misses.append(np.sum(~np.array(found)))
-    assert misses[0] < misses[1]
+    assert 1.5 * misses[0] < misses[1]
 
 
 def test_the_scout_is_not_led_to_negative_eigenvalues():
     """Without the shift the power method would turn to the largest modulus."""
     diagonal = np.concatenate([[2.0, 1.9, 1.5, 1.2, 0.8], np.zeros(394), [-0.9]])
-    matrix, vectors = jnp.asarray(np.diag(diagonal), "float32"), random(6, 400)
-    for t in range(20):
+    # It starts at the negative one.
+    vectors = jnp.eye(400, dtype="float32")[jnp.array([0, 1, 2, 3, 399, 5])]
+    matrix = jnp.asarray(np.diag(diagonal), "float32")
+    for t in range(30):
         key = jax.random.key(t)
         pairs = solve(matrix, vectors, 4, 3, 2e-2, key=key)
         vectors = scouted(pairs, 4)

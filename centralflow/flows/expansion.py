@@ -40,19 +40,19 @@ class Staleness(eqx.Module):
 class Expansion(eqx.Module):
     """The loss to third order at one point, along the top eigenvectors there.
 
-    `eigenvectors` holds U, whatever Ritz vectors there are, of which the first
-    `tracked` are followed, the first `known` have converged, and the first `critical`
-    may become tight; `residuals` are those of P^-1/2 H P^-1/2. `hessian` is U H U' and
-    `gram` is U P U', the identity where the eigenvectors were computed; `sharpness`
-    holds the eigenvalues of the two. Row i (i + 1) / 2 + j of `forces` is
-    D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a long step it
+    `eigenvectors` holds U, whatever Ritz vectors there are and one that scouts, of
+    which the first `tracked` are followed, the first `known` have converged, and the
+    first `critical` may become tight; `residuals` are those of P^-1/2 H P^-1/2.
+    `hessian` is U H U' and `gram` is U P U', the identity where the eigenvectors were
+    computed; `sharpness` holds the eigenvalues of the two. Row i (i + 1) / 2 + j of
+    `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a long step it
     is that at the predicted end, or empty. `held` is the rank of X.
 
     Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
     `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. After a
-    long step `excess` is by how much the largest eigenvalue may exceed that in
-    `sharpness`, and at least `coupled` eigenvectors must count as critical for it to be
-    small.
+    long step `excess` is by how much the largest eigenvalue may exceed that of the
+    critical eigenvectors, and at least `coupled` eigenvectors must count as critical
+    for it to be small.
     """
 
     slope: Slope

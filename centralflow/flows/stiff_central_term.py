@@ -117,7 +117,8 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             change = jnp.where(tracked[:, None], change, 0)
             start = (V + jnp.minimum(ratio, 2) * change) / jnp.sqrt(P)
         count, wanted = self.followed(previous)
-        count = jnp.minimum(count + previous.affordable, self.block_size)
+        with_scout = jnp.maximum(count, self.block_size - 1)
+        count = jnp.minimum(count + previous.affordable, with_scout)
         close = self.count_critical(previous.sharpness)
         close = jnp.minimum(jnp.minimum(close, self.room(y)), count)
         wanted = jnp.maximum(wanted, close)
@@ -250,6 +251,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         rank = jnp.sum(held(jnp.linalg.eigvalsh(X)), dtype=jnp.int32)
         enough = now.lost < _COUPLED * self.rtol * kappa
         enough &= rows >= rank
+        coupled = jnp.where(jnp.any(enough), jnp.argmax(enough), len(rows))
         work = Work(
             gradients=stages,  # one less in the step, and one at its end
             hvps=seen,
@@ -264,7 +266,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             forces=e.forces if self.carry_forces else e.forces[:0],
             held=rank,
             excess=excess,
-            coupled=jnp.argmax(enough).astype(jnp.int32),
+            coupled=coupled.astype(jnp.int32),
             work=e.work + work,
         )
 
