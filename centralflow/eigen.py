@@ -157,8 +157,8 @@ def top_eigenpairs(
         perturbed at random by a third of its length, and looks for eigenvectors that
         are not seen from the others: exactly orthogonal to them, say by a symmetry, or
         on their way up from below. For this, [`centralflow.eigen.scouted`][] is where
-        the next call starts from, and the key is another one each time. If `count` is k the last guard is perturbed instead,
-        by a tenth, and at least one sweep is done.
+        the next call starts from, and the key is another one each time. If `count` is k
+        the last guard is perturbed instead, by a tenth, and at least one sweep is done.
 
     **Returns:**
 

@@ -45,8 +45,8 @@ class Expansion(eqx.Module):
     first `critical` may become tight; `residuals` are those of P^-1/2 H P^-1/2.
     `hessian` is U H U' and `gram` is U P U', the identity where the eigenvectors were
     computed; `sharpness` holds the eigenvalues of the two. Row i (i + 1) / 2 + j of
-    `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a long step it
-    is that at the predicted end, or empty. `held` is the rank of X.
+    `forces` is D_ij = grad (u_i' H u_j), i >= j, for the critical u_i and u_j; after a
+    long step it is that at the predicted end, or empty. `held` is the rank of X.
 
     Eigenvectors and forces may be `age` short steps old: then P^1/2 u_i is what it was,
     `root` is P^1/2 now, and the hessian is that of the Rayleigh quotients. After a
