@@ -15,9 +15,10 @@ _matmul = full_precision(jnp.matmul)
 
 class Coupling(eqx.Module):
     """Of vectors U, the rows, that were eigenvectors of P^-1 H before a step and are
-    nearly so after it. Products with H are known of those that are `critical`.
+    nearly so after it. Products with H are known of those that were `seen`: of the
+    critical ones, or of all that are tracked.
 
-    - `hessian`: U H U' on the critical rows, and what it was before on the others.
+    - `hessian`: U H U' on the rows seen, and what it was before on the others.
     - `values`: The eigenvalues of this, ascending.
     - `excess`: By how much the largest eigenvalue of P^-1 H exceeds the largest of
         these, as far as both are above the critical sharpness kappa.
@@ -38,20 +39,20 @@ def coupling(
     P: Float[Array, ""] | Float[Array, " n"],
     gram: Float[Array, "k k"],
     sharpness: Float[Array, " k"],
-    critical: Bool[Array, " k"],
+    seen: Bool[Array, " k"],
     tracked: Bool[Array, " k"],
     kappa: float | Float[Array, ""],
 ) -> Coupling:
-    """`images` is U H, zero but in critical rows; `gram` is U P U', the identity but in
+    """`images` is U H, zero but in rows seen; `gram` is U P U', the identity but in
     these; `sharpness` are the eigenvalues before the step.
 
-    What H does with critical eigenvectors across them, `rest`, adds to their
+    What H does with the eigenvectors seen across them, `rest`, adds to their
     eigenvalues, to second order, rest (kappa P - H)^-1 rest'. Along the tracked
     eigenvectors, the nearest ones, this is in the eigenvalues of the matrix of both.
     Across them (kappa P - H)^-1 is taken for P^-1 / (kappa - kappa / 2): what is found
     there is of many, most of them small, eigenvalues.
     """
-    block = critical[:, None] & critical
+    block = seen[:, None] & seen
     hessian = _matmul(U, images.T)
     hessian = jnp.where(block, (hessian + hessian.T) / 2, jnp.diag(sharpness))
     # gram^-1/2 hessian gram^-1/2, whose eigenvalues are those of P^-1 H
@@ -59,7 +60,7 @@ def coupling(
     root = (Q / jnp.sqrt(g)) @ Q.T
     inverse = jnp.where(block, (Q / g) @ Q.T, 0)
     rest = images - _matmul(jnp.where(block, hessian, 0) @ inverse, P * U)
-    guards = tracked & ~critical
+    guards = tracked & ~seen
     towards = jnp.where(guards, _matmul(rest, U.T), 0)
     beyond = rest - _matmul(towards, P * U)
     more = hessian + _matmul(beyond / P, beyond.T) / (kappa - _BULK * kappa)
