@@ -142,40 +142,44 @@ def test_one_comes_from_below_the_guards():
     _complementarity(Problem(407840, 0.6713467287399002))
 
 
-def _doubled(problem, carry):
-    """How far two equal networks side by side, which go as one alone at twice the loss,
-    come apart, over the way that they go."""
+def _doubled(problem, carry, apart):
     flow = cf.CentralFlow(carry_third_derivatives=carry)
     one, two = problem.predict(flow=flow), problem.predict(second=1.0, flow=flow)
     # Each is right to 3 rtol, as of test_long_steps.py.
     assert _difference(two.loss, 2 * one.loss) < 3 * RTOL
     assert np.nanmax(two.sharpness) <= 2 * (1 + 1.5 * VIOLATION)
-    first, second = two.weights[:, :SIZE], two.weights[:, SIZE:]
-    travelled = np.linalg.norm(first[-1] - first[0])
-    return np.max(np.linalg.norm(first - second, axis=1)) / travelled
-
-
-def _together(problem):
     # Where one is held, so is the other: they are not torn apart, though no sum of an
     # eigenvector here and one there is better than another.
-    assert _doubled(problem, carry=False) < RTOL
-    assert _doubled(problem, carry=True) < 2 * RTOL
+    first, second = two.weights[:, :SIZE], two.weights[:, SIZE:]
+    travelled = np.linalg.norm(first[-1] - first[0])
+    assert np.max(np.linalg.norm(first - second, axis=1)) < apart * travelled
 
 
-def test_double_eigenvalues():
-    _check(4, _together, problems)
+# In some problems it is the flow itself that leads them apart.
+_drift = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="1.5 rtol apart in 42 problems, 3.7 in Problem(2418, 0.9375), where 1.5 % "
+    "is left with rtol=1e-3.",
+)
+_few_and_many = pytest.mark.parametrize(
+    "examples", [4, pytest.param(40, marks=[pytest.mark.slow, _drift])]
+)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("carry", [False, True])
-def test_double_eigenvalues_of_many(carry):
-    """In some problems it is the flow itself that leads them apart: with Problem(2418,
-    0.9375), 3.7 % at rtol = 1e-2, and still 1.5 % at 1e-3."""
-    rng = np.random.default_rng(1)
-    draw = lambda: Problem(int(rng.integers(10**6)), float(rng.uniform(0.5, 0.95)))
-    apart = [_doubled(draw(), carry) for _ in range(40)]
-    assert np.mean(apart) < RTOL / 2
-    assert np.quantile(apart, 0.9) < 1.5 * RTOL
+@_few_and_many
+def test_double_eigenvalues(examples):
+    """Two equal networks side by side go as one alone, at twice the loss."""
+    _check(examples, lambda x: _doubled(x, carry=False, apart=RTOL), problems)
+
+
+@_few_and_many
+def test_double_eigenvalues_with_carried_third_derivatives(examples):
+    _check(examples, lambda x: _doubled(x, carry=True, apart=2 * RTOL), problems)
+
+
+def test_carried_third_derivatives_keep_double_eigenvalues_together():
+    _doubled(Problem(0, 0.9375), carry=True, apart=RTOL)
 
 
 def _reordered(problem, order, rows):
