@@ -204,11 +204,10 @@ class FlatObjective(eqx.Module):
         """The Hessian-vector product H(w) v."""
         return self._mean(lambda loss: jax.jvp(jax.grad(loss), (w,), (v,))[1])
 
-    def hessian(
-        self, w: Float[Array, " n"]
-    ) -> Callable[[Float[Array, "k n"], int | Int[Array, ""]], Float[Array, "k n"]]:
-        """H(w) as a function `(V, count)`: applied to the first `count` rows of V; the
-        other rows are zero.
+    def hessian(self, w: Float[Array, " n"]) -> Callable[..., Float[Array, "k n"]]:
+        """H(w) as a function `(V, count, known=0, images=None)`: applied to the first
+        `count` rows of V but for the first `known` ones. The other rows are those of
+        `images`, or zero.
 
         The gradient is linearized here, once for all that is done with the function,
         but with microbatches once for each block of rows.
@@ -216,21 +215,33 @@ class FlatObjective(eqx.Module):
         linearize = lambda loss: jax.linearize(jax.grad(loss), w)[1]
         if self._in_one:
             hvp = linearize(self._loss(self.objective.data))
-            return lambda V, count: _by_row(hvp, V, count, jnp.zeros_like(V))
 
-        def products(V, count):
+            def products(V, count, known=0, images=None):
+                images = jnp.zeros_like(V) if images is None else images
+                return _by_row(hvp, V, known, count, images)
+
+            return products
+
+        def products(V, count, known=0, images=None):
+            images = jnp.zeros_like(V) if images is None else images
             add = lambda loss, share, total: _by_row(
-                linearize(loss), V, count, total, share=share
+                linearize(loss), V, known, count, total, share=share
             )
-            return self._accumulate(add, jnp.zeros_like(V))
+            return self._accumulate(add, images)
 
         return products
 
     def hvps(
-        self, w: Float[Array, " n"], V: Float[Array, "k n"], count: int | Int[Array, ""]
+        self,
+        w: Float[Array, " n"],
+        V: Float[Array, "k n"],
+        count: int | Int[Array, ""],
+        known: int | Int[Array, ""] = 0,
+        images: Float[Array, "k n"] | None = None,
     ) -> Float[Array, "k n"]:
-        """H(w) applied to the first `count` rows of V; the other rows are zero."""
-        return self.hessian(w)(V, count)
+        """H(w) applied to the first `count` rows of V, but for the first `known` ones;
+        the other rows are those of `images` (zero where it is applied), or zero."""
+        return self.hessian(w)(V, count, known, images)
 
     def preconditioned_hessian(
         self, w: Float[Array, " n"], P: Float[Array, ""] | Float[Array, " n"]
@@ -323,11 +334,13 @@ class FlatObjective(eqx.Module):
 def _by_row(
     linear: Callable[[Float[Array, " n"]], Float[Array, " n"]],
     V: Float[Array, "k n"],
+    known: int | Int[Array, ""],
     count: int | Int[Array, ""],
     total: Float[Array, "k n"],
     share: float = 1.0,
 ) -> Float[Array, "k n"]:
-    """`total` and `share` times the images of the first `count` rows of V.
+    """`total` and `share` times the images of the first `count` rows of V, but for the
+    first `known` ones.
 
     A loop and not a `vmap`: a batched product is slower on a CPU, and `count` may be
     dynamic. But a loop over pairs, whose products do not depend on each other: on two
@@ -338,12 +351,12 @@ def _by_row(
 
     def add(p, total):
         for i in range(together):
-            j = together * p + i
+            j = known + together * p + i
             image = jnp.where(j < count, share * linear(V[j]), 0)
             total = total.at[j].add(image, mode="drop")
         return total
 
-    return jax.lax.fori_loop(0, -(-count // together), add, total)
+    return jax.lax.fori_loop(0, -((known - count) // together), add, total)
 
 
 def _check_signature(loss_fn: Callable, has_data: bool) -> None:

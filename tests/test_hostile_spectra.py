@@ -130,8 +130,8 @@ def test_an_uncoupled_eigenvalue_that_overtakes_below_the_edge_is_found(basis):
     strict=True,
     reason="Below the edge the sharpness is interpolated between the ends of steps, "
     "here five. The largest eigenvalue has a kink where another one overtakes it: in "
-    "between 1.66 is reported, not 1.555. What is at the edge, or about to be, does not "
-    "depend on it here.",
+    "between 1.66 is reported, not 1.555. What is at the edge, or about to be, does "
+    "not depend on it here.",
 )
 def test_an_uncoupled_eigenvalue_that_overtakes_below_the_edge_is_reported():
     flow, top = _check("crossing_below", BASES["rotation"], rtol=RTOL)

@@ -51,6 +51,18 @@ def test_derivatives_match_dense_ones():
     np.testing.assert_allclose(along, jnp.einsum("abc,ia,ib->ic", T, V, V), **exact)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("known", [0, 1, 2, 3])
+def test_products_that_are_known_are_not_made_again(known):
+    w, flat, V = _problem(jnp.float64)
+    first = flat.hvps(w, V, known)
+    # What is there stays: it is not made again, or it would not be seven times that.
+    all_ = eqx.filter_jit(flat.hvps)(w, V, 3, jnp.asarray(known), 7 * first)
+    true = flat.hvps(w, V, 3)
+    np.testing.assert_allclose(all_[:known], 7 * true[:known], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(all_[known:], true[known:], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_dynamic_count(count):
     w, flat, V = _problem(jnp.float32)

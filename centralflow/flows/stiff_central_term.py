@@ -222,8 +222,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         # if that matters, these too are looked at: the correction may have raised them.
         def look(carry):
             first, last, images, *_, of_critical, _ = carry
-            more = self.objective.hvps(y.weights, jnp.roll(U, -first, 0), last - first)
-            images = images + jnp.roll(more, first, 0)
+            images = self.objective.hvps(y.weights, U, last, first, images)
             seen, tracked = rows < last, rows < e.tracked
             gram = jnp.where(seen[:, None] & seen, _matmul(U * P, U.T), e.gram)
             now = coupling(U, images, P, gram, e.sharpness, seen, tracked, kappa)
