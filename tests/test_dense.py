@@ -7,6 +7,7 @@ import pytest
 
 from centralflow.flows.base import FlowState
 from centralflow.flows.dense import StepInterpolation, crossing
+from centralflow.flows.expansion import Slope
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,18 +30,36 @@ def state(variances):
     return FlowState(jnp.ones(3), (), observables)
 
 
+def interpolation(t0, t1, y0, y1, **options):
+    """A step with nothing in it, but for the options."""
+    rest = jax.tree.map(jnp.zeros_like, y0)
+    slope = Slope(jnp.zeros(()), jnp.zeros(3))
+    of_y0 = y0.observables["oscillating"]
+    nothing = jax.tree.map(jnp.zeros_like, of_y0)
+    no, yes = jnp.zeros(()), jnp.ones(())
+    names = dict(rate0=rest, rate1=rest, slope0=slope, slope1=slope, turn=rest)
+    names |= dict(before=y0, ratio=no, held=jnp.asarray(False), earlier=of_y0)
+    names |= dict(onset=no, until=yes, bulge=nothing, rise=nothing)
+    names |= dict(constant=jnp.asarray(False))
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    return StepInterpolation(t0, t1, y0, y1, **(names | options))
+
+
 def _step(a, b, bulge, earlier=(0.0, 0.0), onset=0.0, until=1.0):
     """A step in which only the oscillation changes."""
     a, b, bulge, earlier = map(jnp.asarray, (a, b, bulge, earlier))
-    ratio, onset, until = map(jnp.asarray, (0.0, onset, until))
-    y0, y1 = state(a), state(b)
-    rest = jax.tree.map(jnp.zeros_like, y0)
-    t0, t1 = jnp.asarray(10.0), jnp.asarray(30.0)
-    return StepInterpolation(
-        t0, t1, y0, y1, rest, rest, y0,
-        ratio, of_X(earlier), onset, until, of_X(bulge), of_X(0 * a),
-        jnp.asarray(onset > 0),
-    )  # fmt: skip
+    onset, until = jnp.asarray(onset), jnp.asarray(until)
+    return interpolation(
+        10.0,
+        30.0,
+        state(a),
+        state(b),
+        earlier=of_X(earlier),
+        onset=onset,
+        until=until,
+        bulge=of_X(bulge),
+        constant=onset > 0,
+    )
 
 
 def _oscillating(step, points=2001):
@@ -128,3 +147,93 @@ def test_crossings_of_other_curves():
     assert at(-5.0, 0.75) == pytest.approx(0.5)
     assert at(5.0, 0.25) == pytest.approx(0.5)
     assert at(-1.0, 1.5) == 0 == at(-1.0, -0.5)
+
+
+T0, T1, BEFORE = 10.0, 30.0, 0.0
+A, B = np.array([1.0, -2.0, 0.5]), np.array([0.02, 0.01, -0.03])
+EDGE = np.array([0.3, 0.2, -0.4])
+
+
+def _path(w, rate, error=0.0, ratio=1.0, **options):
+    """A step along w(t), where the loss is exp(|w|^2 / 20), from rates that are off by
+    an error. Nothing oscillates."""
+
+    def at(t):
+        weights = jnp.asarray(w(t))
+        y = state(jnp.zeros(2))
+        smooth = y.observables["smooth"] | dict(loss=_loss(weights))
+        return FlowState(weights, (), y.observables | dict(smooth=smooth))
+
+    ends = [at(t) for t in (BEFORE, T0, T1)]
+    rest = jax.tree.map(jnp.zeros_like, ends[0])
+    rates = (FlowState(rate(t) + error, (), rest.observables) for t in (T0, T1))
+    slopes = (Slope(_loss(y.weights), jax.grad(_loss)(y.weights)) for y in ends[1:])
+    names = dict(zip(("rate0", "rate1"), rates, strict=True))
+    names |= dict(zip(("slope0", "slope1"), slopes, strict=True))
+    ratio = jnp.asarray(ratio) * (T0 - BEFORE) / (T1 - T0)
+    return interpolation(
+        T0, T1, *ends[1:], before=ends[0], ratio=ratio, **(names | options)
+    )
+
+
+def _loss(w):
+    return jnp.exp(jnp.sum(w * w) / 20)
+
+
+def _parabola(t):
+    return A + B * t + EDGE * (t / 40) ** 2
+
+
+def _parabola_rate(t):
+    return jnp.asarray(B + EDGE * t / 800)
+
+
+TIMES = np.linspace(T0, T1, 41)
+
+
+def _along(step):
+    ys = jax.vmap(step.evaluate)(jnp.asarray(TIMES))
+    return ys.weights, ys.observables["smooth"]["loss"]
+
+
+def test_weights_are_cubic_and_the_loss_goes_with_them():
+    cubic = lambda t: A * (1 + 0.02 * t) + EDGE * (t / 60) ** 3
+    weights, loss = _along(_path(cubic, jax.jacfwd(cubic), ratio=0.0))
+    np.testing.assert_allclose(weights, [cubic(t) for t in TIMES], rtol=1e-12)
+    # A cubic of the logarithm, which is of degree six: dt^4 / 384 of its fourth
+    # derivative.
+    log = lambda t: jnp.sum(cubic(t) ** 2) / 20
+    fourth = log
+    for _ in range(4):
+        fourth = jax.jacfwd(fourth)
+    error = (T1 - T0) ** 4 / 384 * max(abs(fourth(t)) for t in TIMES)
+    assert error < 3e-5  # of 0.38 to 0.67
+    np.testing.assert_allclose(np.log(loss), [log(t) for t in TIMES], atol=error)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02])
+def test_what_is_held_goes_by_the_points_and_not_by_rates(error):
+    """In steps of 20, to a fifth: the slope is wrong by dt / (dt + 5)."""
+    step = _path(_parabola, _parabola_rate, error, held=jnp.asarray(True))
+    weights, _ = _along(step)
+    x = (TIMES - T0) / (T1 - T0)
+    # k0 and k1 are off by as much, dt error / 5, and so a cubic in x.
+    wrong = 20 * error / 5 * x * (1 - x) * (1 - 2 * x)
+    expected = np.array([_parabola(t) for t in TIMES]) + wrong[:, None]
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    # Where other eigenvalues were held before, what was there tells nothing.
+    step = _path(_parabola, _parabola_rate, ratio=0.0, held=jnp.asarray(True))
+    chord = _parabola(T0) + x[:, None] * (_parabola(T1) - _parabola(T0))
+    curve = np.array([_parabola(t) for t in TIMES]) - chord
+    np.testing.assert_allclose(_along(step)[0], chord + curve / 5, rtol=1e-12)
+
+
+def test_weights_turn_at_the_onset():
+    onset, turn = 0.3, np.array([0.1, -0.05, 0.2])
+    turned = lambda t: turn * np.maximum((t - T0) / (T1 - T0) - onset, 0) / (1 - onset)
+    path = lambda t: _parabola(t) + turned(t)
+    rate = lambda t: _parabola_rate(t) + (t > T0) * turn / (1 - onset) / (T1 - T0)
+    change = FlowState(jnp.asarray(turn), (), {})
+    step = _path(path, rate, onset=jnp.asarray(onset), turn=change)
+    weights, _ = _along(step)
+    np.testing.assert_allclose(weights, [path(t) for t in TIMES], rtol=1e-12)

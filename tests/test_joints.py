@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from centralflow.flows.dense import StepInterpolation
 from centralflow.flows.joints import joined
 from centralflow.solvers.course import Piece
 
-from .test_dense import of_X, state
+from .test_dense import interpolation, of_X, state
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -34,7 +33,6 @@ def _rows(ends=ENDS, missing=()):
     extrapolated from that and the one before. `missing` are the steps without rows."""
     scaled = lambda share, tree: jax.tree.map(lambda x: share * x, tree)
     subtract = lambda a, b: jax.tree.map(jnp.subtract, a, b)
-    no, yes = jnp.zeros(()), jnp.ones(())
     rows, piece, last = [], None, None
     for step, (t0, t1) in enumerate(itertools.pairwise(ends)):
         dt = jnp.asarray(t1 - t0)
@@ -47,19 +45,23 @@ def _rows(ends=ENDS, missing=()):
             earlier, first = last, piece.joint(new)
             last = jax.tree.map(jnp.add, mean, slope)
         y0, y1 = (state(x["oscillation"]) for x in (first, last))
-        rest = jax.tree.map(jnp.zeros_like, y0)
         ends_mean = scaled(0.5, jax.tree.map(jnp.add, first, last))
-        interpolation = StepInterpolation(
-            jnp.asarray(t0), jnp.asarray(t1), y0, y1, rest, rest, y0,
-            no, earlier, no, yes, subtract(mean, ends_mean), subtract(first, earlier),
-            jnp.asarray(piece is None),
-        )  # fmt: skip
+        within = interpolation(
+            t0,
+            t1,
+            y0,
+            y1,
+            earlier=earlier,
+            bulge=subtract(mean, ends_mean),
+            rise=subtract(first, earlier),
+            constant=jnp.asarray(piece is None),
+        )
         piece = new
         if step in missing:
             continue
         t = t0 + (t1 - t0) * (jnp.arange(POINTS) + 0.5) / POINTS
         t = jnp.append(t, t1)
-        at = jax.vmap(lambda t, i=interpolation: i.evaluate(t).observables)(t)
+        at = jax.vmap(lambda t, i=within: i.evaluate(t).observables)(t)
         mean_loss = at["smooth"]["loss"]
         rows.append(
             dict(t=t, mean_loss=mean_loss, joint=at["joint"], **at["oscillating"])

@@ -69,10 +69,7 @@ class CentralTerm(AbstractComplementarityTerm):
         weights, state = self.optimizer.step_rates(
             y.weights, y.optimizer_state, mean, mean_sq, dt
         )
-        observables = jax.tree.map(jnp.zeros_like, y.observables)
-        if observables:
-            observables["smooth"]["loss"] = g @ weights
-        return FlowState(weights, state, observables)
+        return FlowState(weights, state, jax.tree.map(jnp.zeros_like, y.observables))
 
     def vf(self, t, y: FlowState, args) -> FlowState:
         """The rate at X = 0: the stable flow."""

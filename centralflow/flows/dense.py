@@ -8,25 +8,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..precision import full_precision
 from .base import FlowState
+from .expansion import Slope
 from .joints import share_of_rise
 from .observables import held
 
+_inner = full_precision(jnp.vdot)
+
 
 class StepInterpolation(diffrax.AbstractLocalInterpolation):
-    """What a flow's state is within a step, from y and its rate at both ends, and from
-    y one step `before`, which was `ratio` times as long, or zero if there was none.
+    """What a flow's state is within a step, from y, its rate and the loss's slope at
+    both ends, and from y one step `before`, which was `ratio` times as long, or zero if
+    there was none that went on into this one.
 
-    Weights are cubic; loss, squared gradient norm and the metrics without what
-    oscillations add to them too, on a logarithmic scale if they are positive: a
-    straight line would be off by a percent where the step's error is far smaller. What
-    oscillations add is a parabola, whose mean over the step exceeds that of the ends by
-    the `bulge`. All the rest is linear; but up to the `onset`, a share of the step, the
-    oscillations are the `earlier` ones, and after it the sharpness that they hold is
-    what it is at the end; and they have reached their end at the share `until`, up to
-    which the sharpness is as it was. `rise` is by how much what oscillations add begins
-    higher than the step before had ended, where it joins that, and `constant` whether
-    the step knew no better than that it is constant (after the onset).
+    Weights are cubic, but for a `turn` at the onset of the first oscillation, when they
+    leave the way without any. Loss, squared gradient norm and the metrics without what
+    oscillations add to them are cubic too, on a logarithmic scale if they are positive:
+    a straight line would be off by a percent where the step's error is far smaller. The
+    loss goes with the weights.
+
+    What oscillations add is a parabola, whose mean over the step exceeds that of the
+    ends by the `bulge`. All the rest is linear; but up to the `onset`, a share of the
+    step, the oscillations are the `earlier` ones, and after it the sharpness that they
+    hold is what it is at the end; and they have reached their end at the share `until`,
+    up to which the sharpness is as it was. `rise` is by how much what oscillations add
+    begins higher than the step before had ended, where it joins that, and `constant`
+    whether the step knew no better than that it is constant (after the onset). `held`
+    is whether the same eigenvalues are at the edge all the time.
     """
 
     t0: Any
@@ -35,8 +44,12 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     y1: FlowState
     rate0: FlowState
     rate1: FlowState
+    slope0: Slope
+    slope1: Slope
+    turn: FlowState
     before: FlowState
     ratio: Any
+    held: Any
     earlier: Any
     onset: Any
     until: Any
@@ -52,17 +65,17 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         dt = self.t1 - self.t0
         x = (t0 - self.t0) / jnp.where(dt > 0, dt, 1)
         linear = jax.tree.map(lambda a, b: a + x * (b - a), self.y0, self.y1)
-        rates = (self.rate0, self.rate1)
-        weights = self._cubic(
-            x,
-            *(y.weights for y in (self.before, self.y0, self.y1)),
-            *(dt * rate.weights for rate in rates),
-        )
+        turn, left = self.turn.weights, 1 - self.onset
+        w = self.before.weights, self.y0.weights, self.y1.weights - turn
+        rates = dt * self.rate0.weights, dt * self.rate1.weights - turn / left
+        k0, k1 = self._slopes(*w, *rates)
+        weights = _cubic(x, *w[1:], k0, k1)
+        weights += jnp.maximum(x - self.onset, 0) / left * turn
+        along = _inner(self.slope0.gradient, k0), _inner(self.slope1.gradient, k1)
         ys, smooth = (self.y0, self.y1), dict(linear.observables["smooth"])
-        slopes = (dt * rate.observables["smooth"]["loss"] for rate in rates)
         at = [y.observables["smooth"] for y in (self.before, *ys)]
         known = lambda name: [values[name] for values in at]
-        smooth["loss"] = self._scaled(x, *known("loss"), *slopes)
+        smooth["loss"] = self._scaled(x, *known("loss"), along)
         smooth["grad_norm_sq"] = self._scaled(x, *known("grad_norm_sq"))
         scaled = lambda *values: self._scaled(x, *values)
         smooth["metrics"] = jax.tree.map(scaled, *known("metrics"))
@@ -115,39 +128,51 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         too_much = (d > most) & (d > rounding)
         return jnp.min(jnp.where(too_much, most / jnp.where(too_much, d, 1), 1))
 
-    def _scaled(self, x, before, y0, y1, slope0=None, slope1=None):
+    def _scaled(self, x, before, y0, y1, slopes=None):
         """A cubic on a logarithmic scale, if that exists."""
         values = jnp.stack([before, y0, y1])
         positive = jnp.all(values > 0)
         safe = jnp.where(positive, values, 1)
         scaled = jnp.where(positive, jnp.log(safe), values)
-        if slope0 is not None:
-            slope0, slope1 = slope0 / safe[1], slope1 / safe[2]
-        value = self._cubic(x, *scaled, slope0, slope1)
+        if slopes is None:
+            k0, k1 = self._parabola(*scaled)
+        else:
+            k0, k1 = slopes[0] / safe[1], slopes[1] / safe[2]
+        d = scaled[2] - scaled[1]
+        value = _cubic(x, *scaled[1:], _limited(k0, d), _limited(k1, d))
         return jnp.where(positive, jnp.exp(jnp.where(positive, value, 0)), value)
 
-    def _cubic(self, x, before, y0, y1, k0, k1):
-        """Between y0 and y1, from the slopes there: those of the equation; but in long
-        steps fast modes that are not quite in equilibrium have large rates and go
-        nowhere. So they are moved towards those of the parabola through the last three
-        points, the more the farther they are from them. Without slopes, it is these."""
-        dt = self.t1 - self.t0
-        known = self.ratio > 0
+    def _parabola(self, before, y0, y1):
+        """The slopes at both ends of that through three points; if there are but two,
+        of the straight line."""
+        known, d = self.ratio > 0, y1 - y0
         ratio = jnp.where(known, self.ratio, 1)
-        d = y1 - y0
         curvature = (d - (y0 - before) / ratio) / (1 + ratio)
-        near = 0.5 * jnp.linalg.norm(d)
+        curvature = jnp.where(known, curvature, 0)
+        return d - curvature, d + curvature
+
+    def _slopes(self, before, w0, w1, k0, k1):
+        """Those of the weights at both ends, from those of the equation, k0 and k1. But
+        in long steps fast modes that are not quite in equilibrium have large rates and
+        go nowhere. So they are moved towards those of the parabola through the last
+        three points, the more the farther they are from them. And where the same
+        eigenvalues are held all the time they are these: oscillations at the ends are
+        extrapolated, and a rate that is a little wrong leads away from the edge."""
+        d, dt = w1 - w0, self.t1 - self.t0
+        near, tiny = 0.5 * jnp.linalg.norm(d), jnp.finfo(d.dtype).tiny
 
         def slope(k, parabola):
-            if k is None:
-                return _limited(jnp.where(known, parabola, d), d)
             away = jnp.linalg.norm(k - parabola)
-            doubt = away**2 / jnp.maximum(away**2 + near**2, jnp.finfo(d.dtype).tiny)
-            share = jnp.where(known, doubt * dt / (dt + 5), 0)
-            return _limited(k + share * (parabola - k), d)
+            doubt = away**2 / jnp.maximum(away**2 + near**2, tiny)
+            doubt = jnp.where(self.held, 1, jnp.where(self.ratio > 0, doubt, 0))
+            return _limited(k + doubt * dt / (dt + 5) * (parabola - k), d)
 
-        k0, k1 = slope(k0, d - curvature), slope(k1, d + curvature)
-        return y0 + x * d + x * (1 - x) * ((1 - x) * (k0 - d) - x * (k1 - d))
+        return tuple(map(slope, (k0, k1), self._parabola(before, w0, w1)))
+
+
+def _cubic(x, y0, y1, k0, k1):
+    d = y1 - y0
+    return y0 + x * d + x * (1 - x) * ((1 - x) * (k0 - d) - x * (k1 - d))
 
 
 def _limited(slope: Float[Array, "*n"], mean: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -60,7 +60,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     rounding = jnp.finfo(defect.dtype).eps * norm(step.y1.weights)
     rounding += 4 * step.dt * norm(noise.gradient / P)
     defect *= jnp.maximum(1 - rounding / (norm(defect) + tiny), 0)
-    fall = lambda e, rate: jnp.abs(e.slope.gradient @ rate.weights) / size(e)
+    of_loss = lambda e, rate: e.slope.gradient @ rate.weights
+    fall = lambda e, rate: jnp.abs(of_loss(e, rate)) / size(e)
     faster = fall(e, step.rate1) > fall(e0, step.rate0)
     before_the_edge = (e0.held == 0) & (e.held == 0)
 
@@ -96,9 +97,8 @@ def errors(term: Any, step: Step, noise: Slope) -> dict[str, Float[Array, ""]]:
     bulge = jnp.minimum(bulge / (loss + 5 * of_X), 1 / eps)
     between = jnp.zeros_like(jump)
     if term.rings:
-        of_loss = lambda rate: rate.observables["smooth"]["loss"]
         cubic = (e0.slope.loss + e.slope.loss) / 2
-        cubic += step.dt / 8 * (of_loss(step.rate0) - of_loss(step.rate1))
+        cubic += step.dt / 8 * (of_loss(e0, step.rate0) - of_loss(e, step.rate1))
         between = jnp.abs(step.middle - cubic) / loss
     return dict(
         path=jnp.where(before_the_edge & faster, 0.5, 0.05)

@@ -180,17 +180,13 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     def slowed(
         self,
         y: FlowState,
-        slope: Slope,
         rate: FlowState,
         stiff: StiffModes,
         dt: Float[Array, ""],
     ) -> FlowState:
         P = self.optimizer.preconditioner(y.optimizer_state)
         weights = stiff.slowed(rate.weights, P, dt)
-        rate = FlowState(weights, rate.optimizer_state, rate.observables)
-        if rate.observables:
-            rate.observables["smooth"]["loss"] = slope.gradient @ weights
-        return rate
+        return dataclasses.replace(rate, weights=weights)
 
     def responder(
         self, y: FlowState, e: Expansion, dt: Float[Array, ""]

@@ -79,8 +79,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
     parabolas in a step, with the mean that its forcing has; or, where another row
-    becomes tight, jump. If nothing is held at the end of the step, the forcing ends
-    before it (`release`).
+    becomes tight, jump: if it is the first, y is as predicted up to then. If nothing is
+    held at the end of the step, the forcing ends before it (`release`).
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -155,9 +155,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
         # 1. The prediction.
         def rate_of(y, slope, forcing):
-            return term.slowed(
-                y, slope, term.rate(y, slope, forcing, 0 * dt), s.stiff, dt
-            )
+            return term.slowed(y, term.rate(y, slope, forcing, 0 * dt), s.stiff, dt)
 
         rate0 = rate_of(y0, s.expansion.slope, s.forcing)
         if term.rings:
@@ -342,13 +340,21 @@ class ProjectedRKC(diffrax.AbstractSolver):
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
+        # Where X begins within the step, y is as predicted up to then.
+        turns = begins & (onset > 0)
+        rate_before = rate_of(y0, s.expansion.slope, s.forcing)
+        held = ~begins & (e1.held == s.expansion.held)
         info = dict(
             y0=eqx.tree_at(_of_X, y0, of_X.first),
             y1=y1,
-            rate0=rate0,
+            rate0=choose(turns, rate_before, rate0),
             rate1=rate1,
+            slope0=s.expansion.slope,
+            slope1=e1.slope,
+            turn=tree_map(lambda x: jnp.where(turns, x, 0), change),
             before=s.y_before,
-            ratio=s.dt / dt,
+            ratio=jnp.where(held & (rho == 0), 0, s.dt / dt),
+            held=held,
             earlier=earlier,
             onset=onset,
             until=until,

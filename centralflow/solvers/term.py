@@ -130,7 +130,7 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def slowed(
-        self, y: PyTree, slope: Any, rate: PyTree, stiff: Any, dt: Float[Array, ""]
+        self, y: PyTree, rate: PyTree, stiff: Any, dt: Float[Array, ""]
     ) -> PyTree:
         """The rate at y with the fastest modes slowed down: still in equilibrium after
         a small part of dt."""
