@@ -38,9 +38,9 @@ def interpolation(t0, t1, y0, y1, **options):
     nothing = jax.tree.map(jnp.zeros_like, of_y0)
     no, yes = jnp.zeros(()), jnp.ones(())
     names = dict(rate0=rest, rate1=rest, slope0=slope, slope1=slope, turn=rest)
-    names |= dict(before=y0, ratio=no, held=jnp.asarray(False), earlier=of_y0)
-    names |= dict(onset=no, until=yes, bulge=nothing, rise=nothing)
-    names |= dict(constant=jnp.asarray(False))
+    names |= dict(before=y0, ratio=no, earlier=of_y0, onset=no, until=yes)
+    names |= dict(bulge=nothing, rise=nothing)
+    names |= {name: jnp.asarray(False) for name in ("constant", "held", "smooth")}
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     return StepInterpolation(t0, t1, y0, y1, **(names | options))
 
@@ -211,29 +211,50 @@ def test_weights_are_cubic_and_the_loss_goes_with_them():
     np.testing.assert_allclose(np.log(loss), [log(t) for t in TIMES], atol=error)
 
 
-@pytest.mark.parametrize("error", [0.0, 0.02])
+HELD = dict(held=jnp.asarray(True), smooth=jnp.asarray(True))
+
+
+@pytest.mark.parametrize("error", [0.02, -0.05])
 def test_what_is_held_goes_by_the_points_and_not_by_rates(error):
-    """In steps of 20, to a fifth: the slope is wrong by dt / (dt + 5)."""
-    step = _path(_parabola, _parabola_rate, error, held=jnp.asarray(True))
-    weights, _ = _along(step)
+    """In steps of 20, to a fifth: the slope is wrong by 1 - dt / (dt + 5)."""
+    weights, _ = _along(_path(_parabola, _parabola_rate, error, **HELD))
     x = (TIMES - T0) / (T1 - T0)
     # k0 and k1 are off by as much, dt error / 5, and so a cubic in x.
     wrong = 20 * error / 5 * x * (1 - x) * (1 - 2 * x)
     expected = np.array([_parabola(t) for t in TIMES]) + wrong[:, None]
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
-    # Where other eigenvalues were held before, what was there tells nothing.
-    step = _path(_parabola, _parabola_rate, ratio=0.0, held=jnp.asarray(True))
-    chord = _parabola(T0) + x[:, None] * (_parabola(T1) - _parabola(T0))
+
+
+def test_around_a_corner_it_is_straight():
+    """Where in the step before other eigenvalues were held, or not all the time."""
+    x = ((TIMES - T0) / (T1 - T0))[:, None]
+    chord = _parabola(T0) + x * (_parabola(T1) - _parabola(T0))
     curve = np.array([_parabola(t) for t in TIMES]) - chord
-    np.testing.assert_allclose(_along(step)[0], chord + curve / 5, rtol=1e-12)
+    for options in (HELD | dict(smooth=jnp.asarray(False)), HELD | dict(ratio=0.0)):
+        weights, _ = _along(_path(_parabola, _parabola_rate, **options))
+        np.testing.assert_allclose(weights, chord + curve / 5, rtol=1e-12)
 
 
-def test_weights_turn_at_the_onset():
+def test_weights_and_loss_turn_at_the_onset():
     onset, turn = 0.3, np.array([0.1, -0.05, 0.2])
-    turned = lambda t: turn * np.maximum((t - T0) / (T1 - T0) - onset, 0) / (1 - onset)
-    path = lambda t: _parabola(t) + turned(t)
-    rate = lambda t: _parabola_rate(t) + (t > T0) * turn / (1 - onset) / (T1 - T0)
-    change = FlowState(jnp.asarray(turn), (), {})
-    step = _path(path, rate, onset=jnp.asarray(onset), turn=change)
-    weights, _ = _along(step)
-    np.testing.assert_allclose(weights, [path(t) for t in TIMES], rtol=1e-12)
+    since = np.maximum((TIMES - T0) / (T1 - T0) - onset, 0) / (1 - onset)
+    path = lambda t: _parabola(t) + turn * (t == T1)
+    # With the mean of the forcing over all of the step, as if it acted in all of it.
+    rate = lambda t: _parabola_rate(t) + turn / (T1 - T0) * (t == T1)
+    step = _path(
+        path,
+        rate,
+        onset=jnp.asarray(onset),
+        turn=FlowState(jnp.asarray(turn), (), {}),
+    )
+    weights, loss = _along(step)
+    expected = np.array([_parabola(t) for t in TIMES]) + since[:, None] * turn
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    # Before the onset nothing is known of the turn, but through the gradient at the
+    # end: that is off by the second derivative of the loss, 0.1, times the turn.
+    before = T0 + onset * (T1 - T0) >= TIMES
+    true = jnp.asarray([_loss(w) for w in expected])
+    np.testing.assert_allclose(loss[before], true[before], rtol=0.1 * turn @ turn)
+    # The loss at the end is what it was, and without the turn it would not be near.
+    np.testing.assert_allclose(loss[-1], _loss(path(T1)), rtol=1e-12)
+    assert abs(_loss(path(T1)) / _loss(_parabola(T1)) - 1) > 0.01

@@ -20,13 +20,13 @@ _inner = full_precision(jnp.vdot)
 class StepInterpolation(diffrax.AbstractLocalInterpolation):
     """What a flow's state is within a step, from y, its rate and the loss's slope at
     both ends, and from y one step `before`, which was `ratio` times as long, or zero if
-    there was none that went on into this one.
+    there was none.
 
-    Weights are cubic, but for a `turn` at the onset of the first oscillation, when they
-    leave the way without any. Loss, squared gradient norm and the metrics without what
-    oscillations add to them are cubic too, on a logarithmic scale if they are positive:
-    a straight line would be off by a percent where the step's error is far smaller. The
-    loss goes with the weights.
+    Weights are cubic, but for a `turn` at an onset before which nothing oscillates: up
+    to then they go the way without it. Loss, squared gradient norm and the metrics
+    without what oscillations add to them are cubic too, on a logarithmic scale if they
+    are positive: a straight line would be off by a percent where the step's error is
+    far smaller. The loss goes with the weights.
 
     What oscillations add is a parabola, whose mean over the step exceeds that of the
     ends by the `bulge`. All the rest is linear; but up to the `onset`, a share of the
@@ -35,7 +35,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     up to which the sharpness is as it was. `rise` is by how much what oscillations add
     begins higher than the step before had ended, where it joins that, and `constant`
     whether the step knew no better than that it is constant (after the onset). `held`
-    is whether the same eigenvalues are at the edge all the time.
+    is whether as many eigenvalues are at the edge at both ends, and `smooth` whether
+    they were so in all of the step before.
     """
 
     t0: Any
@@ -50,6 +51,7 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
     before: FlowState
     ratio: Any
     held: Any
+    smooth: Any
     earlier: Any
     onset: Any
     until: Any
@@ -65,17 +67,11 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
         dt = self.t1 - self.t0
         x = (t0 - self.t0) / jnp.where(dt > 0, dt, 1)
         linear = jax.tree.map(lambda a, b: a + x * (b - a), self.y0, self.y1)
-        turn, left = self.turn.weights, 1 - self.onset
-        w = self.before.weights, self.y0.weights, self.y1.weights - turn
-        rates = dt * self.rate0.weights, dt * self.rate1.weights - turn / left
-        k0, k1 = self._slopes(*w, *rates)
-        weights = _cubic(x, *w[1:], k0, k1)
-        weights += jnp.maximum(x - self.onset, 0) / left * turn
-        along = _inner(self.slope0.gradient, k0), _inner(self.slope1.gradient, k1)
+        weights, loss = self._way(x, dt)
         ys, smooth = (self.y0, self.y1), dict(linear.observables["smooth"])
         at = [y.observables["smooth"] for y in (self.before, *ys)]
         known = lambda name: [values[name] for values in at]
-        smooth["loss"] = self._scaled(x, *known("loss"), along)
+        smooth["loss"] = loss
         smooth["grad_norm_sq"] = self._scaled(x, *known("grad_norm_sq"))
         scaled = lambda *values: self._scaled(x, *values)
         smooth["metrics"] = jax.tree.map(scaled, *known("metrics"))
@@ -84,8 +80,8 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             held(y.observables["oscillating"]["oscillation"]) for y in ys
         )
         risen = jnp.minimum(x / jnp.where(self.onset > 0, self.onset, 1), 1)
-        left = jnp.where(self.until < 1, 1 - self.until, 1)
-        fallen = jnp.where(self.until < 1, jnp.maximum(x - self.until, 0) / left, x)
+        rest = jnp.where(self.until < 1, 1 - self.until, 1)
+        fallen = jnp.where(self.until < 1, jnp.maximum(x - self.until, 0) / rest, x)
         gone = jnp.where(is_held, risen, jnp.where(was_held, fallen, x))
         smooth["sharpness"] = first + gone * (last - first)
         ended = jnp.minimum(x / self.until, 1)
@@ -107,6 +103,23 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
             "joint": self._joint(x, weights.dtype),
         }
         return FlowState(weights, linear.optimizer_state, observables)
+
+    def _way(self, x, dt) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+        """The weights and the loss. At the end, `rate1` has the forcing that is the
+        mean over all of the step: so without the `turn` the slope is less by that."""
+        turn, g0, g1 = self.turn.weights, self.slope0.gradient, self.slope1.gradient
+        since = jnp.maximum(x - self.onset, 0) / (1 - self.onset)
+        w = self.before.weights, self.y0.weights, self.y1.weights - turn
+        rates = dt * self.rate0.weights, dt * self.rate1.weights - turn
+        k0, k1 = self._slopes(*w, *rates, dt)
+        weights = _cubic(x, *w[1:], k0, k1) + since * turn
+        before, *at = (
+            y.observables["smooth"]["loss"] for y in (self.before, self.y0, self.y1)
+        )
+        of_turn = _inner(g1, turn)
+        slopes = _inner(g0, k0), _inner(g1, k1)
+        loss = self._scaled(x, before, at[0], at[1] - of_turn, slopes)
+        return weights, loss + since * of_turn
 
     def _joint(self, x: Float[Array, ""], dtype: Any) -> dict[str, Any]:
         since = (x - self.onset) / (1 - self.onset)
@@ -144,21 +157,23 @@ class StepInterpolation(diffrax.AbstractLocalInterpolation):
 
     def _parabola(self, before, y0, y1):
         """The slopes at both ends of that through three points; if there are but two,
-        of the straight line."""
-        known, d = self.ratio > 0, y1 - y0
-        ratio = jnp.where(known, self.ratio, 1)
+        or it would go around a corner, of the straight line."""
+        d = y1 - y0
+        ratio = jnp.where(self.ratio > 0, self.ratio, 1)
         curvature = (d - (y0 - before) / ratio) / (1 + ratio)
+        known = (self.ratio > 0) & (self.smooth | ~self.held)
         curvature = jnp.where(known, curvature, 0)
         return d - curvature, d + curvature
 
-    def _slopes(self, before, w0, w1, k0, k1):
+    def _slopes(self, before, w0, w1, k0, k1, dt):
         """Those of the weights at both ends, from those of the equation, k0 and k1. But
         in long steps fast modes that are not quite in equilibrium have large rates and
         go nowhere. So they are moved towards those of the parabola through the last
         three points, the more the farther they are from them. And where the same
         eigenvalues are held all the time they are these: oscillations at the ends are
-        extrapolated, and a rate that is a little wrong leads away from the edge."""
-        d, dt = w1 - w0, self.t1 - self.t0
+        extrapolated, and a rate that is a little wrong leads away from the edge. (In
+        steps of a few units there are no such modes, and the rates count.)"""
+        d = w1 - w0
         near, tiny = 0.5 * jnp.linalg.norm(d), jnp.finfo(d.dtype).tiny
 
         def slope(k, parabola):

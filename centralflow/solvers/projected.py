@@ -79,8 +79,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
     parabolas in a step, with the mean that its forcing has; or, where another row
-    becomes tight, jump: if it is the first, y is as predicted up to then. If nothing is
-    held at the end of the step, the forcing ends before it (`release`).
+    becomes tight, jump; if it is the first, y goes as predicted up to then. If nothing
+    is held at the end of the step, the forcing ends before it (`release`).
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -292,7 +292,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
         mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         first = start(mean_forcing, forcing)
-        rate0 = rate_of(y0, s.expansion.slope, first)
+        before_onset, rate0 = rate0, rate_of(y0, s.expansion.slope, first)
         rate1 = rate_of(y1, e1.slope, forcing)
         defect = tree_map(
             lambda a, b, r0, r1: 0.8 * (a - b) + 0.4 * dt * (r0 + r1),
@@ -340,21 +340,21 @@ class ProjectedRKC(diffrax.AbstractSolver):
             tree_map(jnp.zeros_like, y1),
             [error, term.approach(step), y1.observables["work"]],
         )
-        # Where X begins within the step, y is as predicted up to then.
+        # Where X begins within the step, y goes as predicted up to then.
         turns = begins & (onset > 0)
-        rate_before = rate_of(y0, s.expansion.slope, s.forcing)
         held = ~begins & (e1.held == s.expansion.held)
         info = dict(
             y0=eqx.tree_at(_of_X, y0, of_X.first),
             y1=y1,
-            rate0=choose(turns, rate_before, rate0),
+            rate0=choose(turns, before_onset, rate0),
             rate1=rate1,
             slope0=s.expansion.slope,
             slope1=e1.slope,
             turn=tree_map(lambda x: jnp.where(turns, x, 0), change),
             before=s.y_before,
-            ratio=jnp.where(held & (rho == 0), 0, s.dt / dt),
+            ratio=s.dt / dt,
             held=held,
+            smooth=s.memory >= s.dt,
             earlier=earlier,
             onset=onset,
             until=until,
