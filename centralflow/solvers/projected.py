@@ -274,6 +274,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         begins = term.begins(s.expansion)
         onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
         onset = jnp.where((s.dt > 0) | begins, onset, 0)
+        as_many = e1.held == s.expansion.held
         of_X = course(
             earlier,
             end,
@@ -285,7 +286,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             until,
             unknown=(s.dt == 0) | begins,
             linear=rho > 0,
-            smooth=e1.held == s.expansion.held,
+            smooth=as_many,
         )
         y1 = eqx.tree_at(_of_X, y1, of_X.last)
 
@@ -342,7 +343,6 @@ class ProjectedRKC(diffrax.AbstractSolver):
         )
         # Where X begins within the step, y goes as predicted up to then.
         turns = begins & (onset > 0)
-        held = ~begins & (e1.held == s.expansion.held)
         info = dict(
             y0=eqx.tree_at(_of_X, y0, of_X.first),
             y1=y1,
@@ -353,7 +353,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             turn=tree_map(lambda x: jnp.where(turns, x, 0), change),
             before=s.y_before,
             ratio=s.dt / dt,
-            held=held,
+            held=as_many & ~begins,
             smooth=s.memory >= s.dt,
             earlier=earlier,
             onset=onset,
