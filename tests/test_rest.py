@@ -85,7 +85,8 @@ def test_at_the_edge_in_float32():
     flow = cf.predict(*_network(jnp.float32), 5000, times=times)
     assert np.max(flow.loss[50:]) < 1e-9  # Measured: 5.6e-10
     assert flow.loss[-1] < 1e-11  # Measured: 4e-14 to 1e-12
-    assert int(flow.stats["accepted_steps"]) < 120  # Measured: 70, 76
+    # Measured: 107 to 126, with weights that are rounded differently. (See above.)
+    assert int(flow.stats["accepted_steps"]) < 150
 
 
 @pytest.mark.filterwarnings("ignore:An eigensolver")  # of a Hessian that is rounding

@@ -80,6 +80,10 @@ class Response(eqx.Module):
         zero = jax.tree.map(jnp.zeros_like, self.y.observables)
         return FlowState(weights, state, zero)
 
+    def of_the_last(self, share: Float[Array, ""]) -> "Response":
+        """The response to a change in that share of the step, the last one."""
+        return dataclasses.replace(self, dt=share * self.dt)
+
     def _rate(self, change: Forcing) -> tuple[Float[Array, " n"], PyTree[Array]]:
         """What a change of the forcing makes of dw/dt and ds/dt."""
         zero, s = jnp.zeros_like(change.gradient), self.y.optimizer_state

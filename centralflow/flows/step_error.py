@@ -12,6 +12,8 @@ from .expansion import Slope
 
 # Of a violation found within so many optimizer steps, little is the step's own making.
 _OWN = 0.25
+# The share of its speed at which an eigenvalue that has just come to the edge goes on.
+_HELD_BACK = 0.5
 
 
 @full_precision
@@ -119,7 +121,8 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     """How far the eigenvalues are below the edge, and the speeds at which they came
     nearer in the prediction, in units in which a violation is the root of its error.
     The mean speeds; but while nothing is held, where one has grown since the last step,
-    that at the end of this one, if it went on growing."""
+    that at the end of this one, if it went on growing. What has come to the edge will
+    be held back, by an X of which as much is known."""
     kappa = term.optimizer.critical_sharpness
     e0, e = step.expansion0, step.expansion1
     earlier, before, predicted, after = (
@@ -134,6 +137,8 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     last = jnp.maximum(last, 0)
     gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
     speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
+    begun = (e0.held == 0) & (jnp.arange(e.sharpness.size) < e.held)
+    speed = jnp.where(begun, _HELD_BACK * speed, speed)
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)
 

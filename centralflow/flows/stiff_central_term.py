@@ -26,6 +26,7 @@ from .observables import held
 from .response import Response, damped, relaxed_state, responder, state_decay
 from .step_error import approach, errors
 from .stiff_modes import StiffModes, none_known
+from .turning import mean_multiplier, staying
 
 # By how much slowed modes may be faster than they should, for having turned in a step.
 _TURNED = 1.3
@@ -273,15 +274,12 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     ) -> Bool[Array, ""]:
         return (after.held > 0) & ((before.held == after.held) | (onset > 0))
 
-    def onset(
+    def crossing(
         self,
         before: Expansion,
         start: Expansion,
         predicted: Expansion,
-        after: Expansion,
         ratio: Float[Array, ""],
-        earlier: Any,
-        mean: Any,
     ) -> Float[Array, ""]:
         # Which of the predicted eigenvalues it is cannot be told once they have mixed:
         # it is what is left of their sum when those that were held stay as they are.
@@ -291,13 +289,46 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         sharpness = before.sharpness[row], start.sharpness[row], ahead
         ratio = jnp.where(row < before.tracked, ratio, 0)
         share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
-        share = jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
+        return jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
+
+    def onset(
+        self,
+        crossing: Float[Array, ""],
+        start: Expansion,
+        after: Expansion,
+        earlier: Any,
+        mean: Any,
+    ) -> Float[Array, ""]:
+        row, share = start.held, crossing
         jumps = row < jnp.minimum(after.held, start.tracked)
         # What there is after the jump, times a number: a covariance, in the same order?
         for name in ("oscillation", "loss", "grad_norm_sq", "trace_covariance"):
             left = mean[name] - share * earlier[name]
             jumps &= jnp.all(left >= 0) & jnp.all(jnp.diff(jnp.atleast_1d(left)) <= 0)
         return jnp.where(jumps, share, 0)
+
+    def mean_multiplier(
+        self,
+        y: FlowState,
+        before: Expansion,
+        e: Expansion,
+        X: Float[Array, "k k"],
+        mean: Float[Array, "k k"],
+        rho: Float[Array, ""],
+        forcing: Forcing,
+        mean_forcing: Forcing,
+    ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
+        return mean_multiplier(self, y, before, e, X, mean, rho, forcing, mean_forcing)
+
+    def staying(
+        self,
+        before: Expansion,
+        after: Expansion,
+        X: Float[Array, "k k"],
+        mean: Float[Array, "k k"],
+    ) -> Float[Array, ""]:
+        fewer = (after.held > 0) & (after.held < before.held)
+        return jnp.where(fewer, staying(X, mean, after.held), 0)
 
     def damped(
         self, y: FlowState, e: Expansion, defect: FlowState, dt: Float[Array, ""]

@@ -1,21 +1,20 @@
 """Long steps of a stiff differential equation with a complementarity constraint."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..failures import Failure, choose, first_of, when
 from ..results import RESULTS
 from .course import Piece, course
 from .moreau import multiplier, settle, unheld_for
+from .prediction import prediction, slowed_rate
 from .release import release
-from .rkc import polynomial, rkc2
 from .term import AbstractStiffComplementarityTerm, Step
 
 # In units of time, those of the fastest modes. A violation of the constraint that is
@@ -32,11 +31,13 @@ class _State(eqx.Module):
     y_before: Any  # and the state
     mean_forcing: PyTree[Array]  # over the last step
     forcing: PyTree[Array]  # at its end
-    mean_of_X: PyTree[Array]  # of the observables of X over the last step
+    mean_X: Float[Array, "k k"]  # over the last step
+    mean_of_X: PyTree[Array]  # of its observables
     piece: Piece  # of these, what goes on into the next step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
     memory: Float[Array, ""]  # the time of which the means are; zero if of no use
+    smooth: Bool[Array, ""]  # whether the same rows were tight in all of the last step
     excess: Float[Array, ""]
     # How far X kept the constraint up in the last step; infinite if not known.
     relief: Float[Array, ""]
@@ -130,11 +131,13 @@ class ProjectedRKC(diffrax.AbstractSolver):
             y0,
             mean,
             forcing,
+            X,
             unknown,
             Piece(unknown, dt),
             stiff,
             dt=dt,
             memory=dt,
+            smooth=jnp.bool_(False),
             excess=excess,
             relief=relief.astype(dt.dtype),
             unheld=dt if previous is None else previous.unheld,
@@ -153,37 +156,11 @@ class ProjectedRKC(diffrax.AbstractSolver):
         add = lambda a, b: tree_map(jnp.add, a, b)
         subtract = lambda a, b: tree_map(jnp.subtract, a, b)
 
-        # 1. The prediction.
         def rate_of(y, slope, forcing):
-            return term.slowed(y, term.rate(y, slope, forcing, 0 * dt), s.stiff, dt)
+            return slowed_rate(term, y, slope, forcing, s.stiff, dt)
 
-        rate0 = rate_of(y0, s.expansion.slope, s.forcing)
-        if term.rings:
-            predicted, rate_ahead, stages, middle = term.ring(
-                y0, s.expansion.slope, s.forcing, dt
-            )
-            possible = jnp.bool_(True)
-        else:
-            reach = term.reach(y0, rate0, s.expansion, s.stiff, dt)
-            R, longest = polynomial(reach)
-            # Dozens of scalars would cost each stage more than they are worth.
-            bare, bare_rate = (replace(x, observables={}) for x in (y0, rate0))
-            relaxed = lambda t: term.relaxed(bare, bare_rate, t)
-
-            def rate(at):
-                t, y = at
-                change, known = relaxed(t)
-                y = term.admissible(add(y, change))
-                return jnp.ones_like(t), subtract(
-                    rate_of(y, term.slope(y), s.forcing), known
-                )
-
-            zero = jnp.zeros_like(dt)
-            at_start = jnp.ones_like(dt), subtract(bare_rate, relaxed(zero)[1])
-            change = rkc2(rate, (zero, bare), at_start, dt, R)[1]
-            predicted = term.admissible(add(add(bare, change), relaxed(dt)[0]))
-            predicted = replace(predicted, observables=y0.observables)
-            stages, possible, middle = R.stages, reach <= longest, None
+        first_guess = prediction(term, y0, s.expansion, s.forcing, s.stiff, dt)
+        predicted, stages = first_guess.y, first_guess.stages
 
         # 2. What is there.
         ratio = jnp.where(s.dt > 0, dt / jnp.where(s.dt > 0, s.dt, 1), 0)
@@ -191,8 +168,17 @@ class ProjectedRKC(diffrax.AbstractSolver):
         e = term.expand_ahead(predicted, s.expansion, s.before, ratio, relief)
         respond, stiff, e = term.responder(predicted, e, dt)
         C = term.constraint(e)
+        # Where the first row becomes tight within the step, X acts from then on, and
+        # all of the violation is the step's own.
+        begins = term.begins(s.expansion)
+        crossing = term.crossing(s.before, s.expansion, e, ratio)
+        acting = jnp.ones_like(dt)
+        if not term.rings:
+            acting = jnp.where(begins, 1 - crossing, acting)
+            respond = respond.of_the_last(acting)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
+        beyond = jnp.where(acting < 1, 0, beyond)
         slack = excess + beyond * jnp.exp(-dt / _RELAXATION)
         slack = slack * jnp.eye(C.shape[0], dtype=C.dtype)
 
@@ -223,7 +209,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
                 if not term.rings:
                     return end(X, share) + slack
                 # A momentum carries on: what stopped at the edge would leave it again.
-                rate = add(rate_ahead, respond.rate(*changes(X, share)))
+                rate = add(first_guess.rate1, respond.rate(*changes(X, share)))
                 drift = term.drift(predicted, e, rate)
                 return end(X, share) + term.memory * rate_of_C(drift) + slack
 
@@ -263,18 +249,24 @@ class ProjectedRKC(diffrax.AbstractSolver):
         linearized = end(X, share)
         kept = jnp.diag(linearized - end(0 * X, share))
         relief = jnp.max(jnp.where(jnp.arange(kept.size) < active, kept, 0))
+        X = acting * X  # the mean over all of the step
         forcing = term.forcing(predicted, e, X)
+        mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         y1 = add(predicted, change)
         e1 = term.complete(y1, e, X, stages, solution.converged)
         y1 = term.record(y1, e1, X)
 
         # The observables of X in the course of the step.
-        earlier, end = _of_X(y0), _of_X(y1)
-        mean_of_X = scaled(share, mean(end, s.mean_of_X))
-        begins = term.begins(s.expansion)
-        onset = term.onset(s.before, s.expansion, e, e1, ratio, earlier, mean_of_X)
-        onset = jnp.where((s.dt > 0) | begins, onset, 0)
         as_many = e1.held == s.expansion.held
+        mean_X, number = term.mean_multiplier(
+            predicted, s.expansion, e, X, s.mean_X, rho, forcing, mean_forcing
+        )
+        number = jnp.where(as_many & (e1.held > 0), number, 1)
+        mean_X *= share * number
+        earlier, end = _of_X(y0), scaled(number, _of_X(y1))
+        mean_of_X = scaled(share * number, mean(_of_X(y1), s.mean_of_X))
+        onset = term.onset(crossing, s.expansion, e1, earlier, mean_of_X)
+        onset = jnp.where((s.dt > 0) | begins, onset, 0)
         of_X = course(
             earlier,
             end,
@@ -291,9 +283,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
         y1 = eqx.tree_at(_of_X, y1, of_X.last)
 
         # The embedded error estimate of the Runge-Kutta step, with the new forcing.
-        mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         first = start(mean_forcing, forcing)
-        before_onset, rate0 = rate0, rate_of(y0, s.expansion.slope, first)
+        rate0 = rate_of(y0, s.expansion.slope, first)
         rate1 = rate_of(y1, e1.slope, forcing)
         defect = tree_map(
             lambda a, b, r0, r1: 0.8 * (a - b) + 0.4 * dt * (r0 + r1),
@@ -317,7 +308,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             change,
             relief,
             excess,
-            middle,
+            first_guess.middle,
             s.before,
             ratio,
             # of which the step before is to blame for a share
@@ -330,7 +321,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             term.failure(predicted, e),
             term.failure(y1, e1),
             unsolved,
-            when(~possible, RESULTS.dt_min_reached, jnp.inf),
+            when(~first_guess.possible, RESULTS.dt_min_reached, jnp.inf),
             when(~(error < 1), RESULTS.dt_min_reached, error),
         )
         failure = first_of(s.failure.at(t0), failure.at(t1))
@@ -346,7 +337,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         info = dict(
             y0=eqx.tree_at(_of_X, y0, of_X.first),
             y1=y1,
-            rate0=choose(turns, before_onset, rate0),
+            rate0=choose(turns, first_guess.rate0, rate0),
             rate1=rate1,
             slope0=s.expansion.slope,
             slope1=e1.slope,
@@ -354,7 +345,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
             before=s.y_before,
             ratio=s.dt / dt,
             held=as_many & ~begins,
-            smooth=s.memory >= s.dt,
+            smooth=s.smooth,
             earlier=earlier,
             onset=onset,
             until=until,
@@ -363,20 +354,26 @@ class ProjectedRKC(diffrax.AbstractSolver):
             constant=of_X.constant,
         )
         # Where nothing was held before, the forcing too is constant from the onset on.
+        smooth = as_many & (onset == 0)
         onset = jnp.where(begins, onset, 0)
-        within = lambda tree: scaled(1 / (1 - onset), tree)
-        settled = term.settled(s.expansion, e1, onset)
+        means = scaled(1 / (1 - onset), (mean_forcing, forcing, mean_X, mean_of_X))
+        # Where rows have ceased to be tight, what the others had goes on.
+        stays = term.staying(s.expansion, e1, X, mean_X)
+        stays = jnp.where(rho > 0, stays, 0)
+        goes_on = (scaled(stays, forcing), forcing, stays * X, scaled(stays, end))
+        means = choose(stays > 0, goes_on, means)
+        piece = choose(stays > 0, Piece(means[-1], dt), of_X.piece)
+        settled = term.settled(s.expansion, e1, onset) | (stays > 0)
         state = _State(
             e1,
             term.remembered(s.expansion),
             y0,
-            within(mean_forcing),
-            within(forcing),
-            within(mean_of_X),
-            of_X.piece,
+            *means,
+            piece,
             stiff,
             dt,
             jnp.where(settled, dt * (1 - onset), 0),
+            smooth,
             excess,
             relief,
             unheld,

@@ -173,7 +173,8 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
 
     @abc.abstractmethod
     def remembered(self, expansion: Any) -> Any:
-        """What `expand_ahead`, `onset` and `approach` need of that one step before."""
+        """What `expand_ahead`, `crossing` and `approach` need of that one step
+        before."""
 
     @abc.abstractmethod
     def exact_along(
@@ -187,8 +188,10 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         self, y: PyTree, expansion: Any, dt: Float[Array, ""]
     ) -> tuple[Callable[[PyTree, PyTree], PyTree], Any, Any]:
         """A linear function: what a change of the forcing in a step does to its end, y,
-        if it is constant, and if it rises by so much and is zero at the middle. What
-        that shows of the fastest modes. The expansion, with the work counted."""
+        if it is constant, and if it rises by so much and is zero at the middle. (Unless
+        modes ring, its `of_the_last(share)` is for a change in the last share of the
+        step.) What that shows of the fastest modes. The expansion, with the work
+        counted."""
 
     @abc.abstractmethod
     def complete(
@@ -215,19 +218,52 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         as at its end."""
 
     @abc.abstractmethod
+    def crossing(
+        self, before: Any, start: Any, predicted: Any, ratio: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """When in a step, from 0 to 1, the constraint of one row more would be
+        violated; zero if it is not. From the expansions one step `before`, at the start
+        and at the predicted end; `ratio` as above."""
+
+    @abc.abstractmethod
     def onset(
         self,
-        before: Any,
+        crossing: Float[Array, ""],
         start: Any,
-        predicted: Any,
         after: Any,
-        ratio: Float[Array, ""],
         earlier: PyTree[Array],
         mean: PyTree[Array],
     ) -> Float[Array, ""]:
-        """When in a step, from 0 to 1, a row becomes tight; zero if none does. From the
-        expansions one step `before`, at the start, at the predicted end and `after` the
-        step; `ratio` as above; and X's observables at the start and in the mean."""
+        """That, if a row does become tight then; or zero. From the expansions at the
+        start and `after` the step; and X's observables at the start and in the mean."""
+
+    @abc.abstractmethod
+    def mean_multiplier(
+        self,
+        y: PyTree,
+        before: Any,
+        expansion: Any,
+        X: Float[Array, "k k"],
+        mean: Float[Array, "k k"],
+        rho: Float[Array, ""],
+        forcing: PyTree,
+        mean_forcing: PyTree,
+    ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
+        """The mean over a step of an X that is linear: what ends with X and had the
+        `mean` in the step before, which was as long as dt (1/rho - 1). And the number
+        it is to be multiplied by, for Phi changes in the step. From the expansions at
+        the start and at the end y of the step, the forcing there and in the mean."""
+
+    @abc.abstractmethod
+    def staying(
+        self,
+        before: Any,
+        after: Any,
+        X: Float[Array, "k k"],
+        mean: Float[Array, "k k"],
+    ) -> Float[Array, ""]:
+        """Where some rows have ceased to be tight in a step: of the others, the `mean`
+        over the step in units of X at its end. Zero where none has, or all have."""
 
     @abc.abstractmethod
     def damped(
