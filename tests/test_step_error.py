@@ -10,6 +10,7 @@ import pytest
 
 import centralflow as cf
 from centralflow.flows.step_error import approach
+from centralflow.flows.stiff_central_term import StiffCentralTerm
 
 ETA, DRIFT = 0.3, 1e-2
 KAPPA = 2 / ETA
@@ -109,3 +110,22 @@ def test_the_speed_of_approach(before, start, end, speed, held):
         speed = max((end - start) / 2, 0) * (1 if held[2] or not held[3] else 0.5)
     np.testing.assert_allclose(found / 5 * 20, [speed], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(left / 5, [(20 - end) / 20], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "start", "end", "ratio", "expected"),
+    [
+        (1.6, 1.8, 2.1, 1.0, True),  # half as fast again
+        (1.6, 1.8, 2.5, 1.0, False),  # a jump of the learning rate
+        (1.6, 1.8, 2.5, 2.0, True),  # no faster than that, in a step twice as long
+        (1.8, 1.8, 2.1, 1.0, False),  # another eigenvalue, overlooked
+        (1.9, 1.8, 2.1, 1.0, False),
+        (1.8, 1.8, 2.1, 0.0, True),  # the first step: nothing else is known
+    ],
+)
+def test_what_was_to_be_expected(before, start, end, ratio, expected):
+    """Of an eigenvalue that comes to the edge within a step."""
+    at = lambda value: types.SimpleNamespace(sharpness=jnp.array([value, 0.0]))
+    method = inspect.unwrap(StiffCentralTerm.expected)
+    found = method(None, at(before), at(start), at(end), jnp.asarray(ratio))
+    assert bool(found) is expected

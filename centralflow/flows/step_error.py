@@ -138,6 +138,7 @@ def approach(term: Any, step: Step) -> Float[Array, "2 k"]:
     gain = jnp.where(all_three, jnp.maximum(speed - last, 0), 0)
     speed = jnp.maximum(speed + gain * step.ratio / (1 + step.ratio), 0)
     begun = (e0.held == 0) & (jnp.arange(e.sharpness.size) < e.held)
+    begun &= before < kappa
     speed = jnp.where(begun, _HELD_BACK * speed, speed)
     left = jnp.where(both, jnp.maximum(kappa + step.excess - after, 0), 0)
     return _root(jnp.stack([left, speed]) / kappa)

@@ -42,8 +42,9 @@ _LOOK = 0.2
 _KNOWN, _FINEST = 0.5, 0.05
 # The share of a step after which an eigenvalue becomes critical, at most. X after that
 # is found by division by the share that is left, and with the jump, whatever else
-# changes in X is enlarged; where it is the first eigenvalue there is nothing else.
-_LATEST, _LATEST_OF_MORE = 0.9, 0.75
+# changes in X is enlarged; where it is the first eigenvalue there is nothing else. And
+# how many times faster than in the step before one may rise to be the same.
+_LATEST, _LATEST_OF_MORE, _FASTER = 0.9, 0.75, 3.0
 
 _matmul = full_precision(jnp.matmul)
 
@@ -290,6 +291,16 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         ratio = jnp.where(row < before.tracked, ratio, 0)
         share = crossing(*sharpness, self.optimizer.critical_sharpness, ratio)
         return jnp.minimum(share, jnp.where(row == 0, _LATEST, _LATEST_OF_MORE))
+
+    def expected(
+        self,
+        before: Expansion,
+        start: Expansion,
+        predicted: Expansion,
+        ratio: Float[Array, ""],
+    ) -> Bool[Array, ""]:
+        earlier, first, last = (e.sharpness[0] for e in (before, start, predicted))
+        return (ratio == 0) | (last - first < _FASTER * ratio * (first - earlier))
 
     def onset(
         self,

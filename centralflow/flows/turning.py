@@ -23,17 +23,22 @@ from ..precision import full_precision
 from .base import FlowState
 from .expansion import Expansion, Forcing
 
-# A number further from one than this says that the oscillation is another one.
-_FARTHEST = 0.2
+# If less of the mean is in the span of the end, or the number is further from one, the
+# oscillation is another one.
+_COMMON, _FARTHEST = 0.5, 0.2
 
 _matmul = full_precision(jnp.matmul)
 
 
-def turned(T: Float[Array, "k k"], X: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """T X T', with the trace of X: X in another frame, of what is common to both."""
+def turned(
+    T: Float[Array, "k k"], X: Float[Array, "k k"]
+) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
+    """T X T', with the trace of X: X in another frame, of what is common to both; and
+    how much that is of the trace."""
     Y = _matmul(_matmul(T, X), T.T)
-    trace = jnp.trace(Y)
-    return Y * jnp.where(trace != 0, jnp.trace(X) / jnp.where(trace != 0, trace, 1), 0)
+    trace, whole = jnp.trace(Y), jnp.trace(X)
+    share = jnp.where(whole != 0, trace / jnp.where(whole != 0, whole, 1), 0)
+    return Y / jnp.where(share != 0, share, 1), share
 
 
 def mean_multiplier(
@@ -59,25 +64,29 @@ def mean_multiplier(
     )
     T = _matmul(rows(e) * P, rows(before).T)
     known = (rho > 0) & (jnp.trace(mean) > 0)
-    mean = turned(T, mean)
+    mean, common = turned(T, mean)
+    known &= common > _COMMON
     linear = jnp.where(known, (X + rho * mean) / (1 + rho), X)
     if before.forces.shape[0] == 0 or e.forces.shape[0] == 0:
         return linear, jnp.ones_like(rho)
 
+    def unit(force):  # squares of forces may be too small
+        size = jnp.max(jnp.abs(force))
+        v = force / jnp.where(size > 0, size, 1)
+        length = jnp.sqrt(jnp.sum(v * v / P))
+        return v / jnp.where(length > 0, length, 1)
+
     inner = lambda a, b: jnp.sum(a * b / P)
     of = lambda e, X: term.forcing(y, e, X).gradient
     change = 2 * rho * (linear - mean)
-    first = of(before, turned(T.T, linear / 2 - change / 12))
+    first = of(before, turned(T.T, linear / 2 - change / 12)[0])
     last = of(e, linear / 2 + change / 12)
-    sizes = inner(first, first) * inner(last, last)
-    known &= sizes > 0
-    cosine = inner(first, last) / jnp.sqrt(jnp.where(known, sizes, 1))
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    along = inner(forcing.gradient, (first + last) * (1 + angle**2 / 12))
-    number = inner(forcing.gradient, mean_forcing.gradient)
-    known &= along > 0
-    number = jnp.where(known, number / jnp.where(known, along, 1), 1)
-    return linear, jnp.clip(number, 1 - _FARTHEST, 1 + _FARTHEST)
+    angle = jnp.arccos(jnp.clip(inner(unit(first), unit(last)), -1, 1))
+    at_end = unit(forcing.gradient)
+    along = inner(at_end, (first + last) * (1 + angle**2 / 12))
+    number = inner(at_end, mean_forcing.gradient) / jnp.where(along > 0, along, 1)
+    known &= (along > 0) & (jnp.abs(number - 1) < _FARTHEST)
+    return linear, jnp.where(known, number, 1)
 
 
 def staying(

@@ -29,10 +29,13 @@ class _State(eqx.Module):
     expansion: Any
     before: Any  # the expansion one step earlier
     y_before: Any  # and the state
-    mean_forcing: PyTree[Array]  # over the last step
-    forcing: PyTree[Array]  # at its end
-    mean_X: Float[Array, "k k"]  # over the last step
-    mean_of_X: PyTree[Array]  # of its observables
+    # Means over the last step, since X began, of the rows that are still tight: of the
+    # forcing, X, and the observables of X.
+    mean_forcing: PyTree[Array]
+    mean_X: Float[Array, "k k"]
+    mean_of_X: PyTree[Array]
+    number: Float[Array, ""]  # by which the latter were multiplied
+    forcing: PyTree[Array]  # at the end of the last step
     piece: Piece  # of these, what goes on into the next step
     stiff: Any
     dt: Float[Array, ""]  # of the last step; zero if there was none
@@ -55,8 +58,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
     2. the expansion at its end: the constraint C, which of its rows may be tight, Phi;
     3. the multiplier X at the end. The forcing F(t) is taken as linear, with the end
        Phi[X] and the slope between the means of this step and the last; or, where the
-       set of tight rows has just changed, as constant. With R the response of the end
-       to a change of the forcing,
+       first row has just become tight, as constant, from then on. With R the response
+       of the end to a change of the forcing,
 
             0 <= X  perpendicular to  C + C' R[F(t) - F] >= 0,
 
@@ -79,9 +82,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
     of the mean rate, X would overshoot from step to step.
 
     The observables of y have `smooth` and `oscillating` parts. The latter, of X, are
-    parabolas in a step, with the mean that its forcing has; or, where another row
-    becomes tight, jump; if it is the first, y goes as predicted up to then. If nothing
-    is held at the end of the step, the forcing ends before it (`release`).
+    parabolas in a step, with the mean that the mean forcing tells of; or, where another
+    row becomes tight, jump; if it is the first, y goes as predicted up to then. If
+    nothing is held at the end of the step, the forcing ends before it (`release`).
     `error`, `approach` and `work` of a step travel in its error estimate, where a
     step-size controller sees them, of rejected steps too.
 
@@ -130,9 +133,10 @@ class ProjectedRKC(diffrax.AbstractSolver):
             term.remembered(e),
             y0,
             mean,
-            forcing,
             X,
             unknown,
+            jnp.ones_like(dt),
+            forcing,
             Piece(unknown, dt),
             stiff,
             dt=dt,
@@ -174,7 +178,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
         crossing = term.crossing(s.before, s.expansion, e, ratio)
         acting = jnp.ones_like(dt)
         if not term.rings:
-            acting = jnp.where(begins, 1 - crossing, acting)
+            expected = term.expected(s.before, s.expansion, e, ratio)
+            acting = jnp.where(begins & expected, 1 - crossing, acting)
             respond = respond.of_the_last(acting)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
@@ -261,7 +266,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
         mean_X, number = term.mean_multiplier(
             predicted, s.expansion, e, X, s.mean_X, rho, forcing, mean_forcing
         )
-        number = jnp.where(as_many & (e1.held > 0), number, 1)
+        goes_on = (rho > 0) & (s.expansion.held > 0) & (e1.held > 0)
+        number = jnp.where(as_many, number, s.number)
+        number = jnp.where(goes_on, number, 1)
         mean_X *= share * number
         earlier, end = _of_X(y0), scaled(number, _of_X(y1))
         mean_of_X = scaled(share * number, mean(_of_X(y1), s.mean_of_X))
@@ -356,19 +363,21 @@ class ProjectedRKC(diffrax.AbstractSolver):
         # Where nothing was held before, the forcing too is constant from the onset on.
         smooth = as_many & (onset == 0)
         onset = jnp.where(begins, onset, 0)
-        means = scaled(1 / (1 - onset), (mean_forcing, forcing, mean_X, mean_of_X))
+        means = scaled(1 / (1 - onset), (mean_forcing, mean_X, mean_of_X, forcing))
         # Where rows have ceased to be tight, what the others had goes on.
         stays = term.staying(s.expansion, e1, X, mean_X)
         stays = jnp.where(rho > 0, stays, 0)
-        goes_on = (scaled(stays, forcing), forcing, stays * X, scaled(stays, end))
-        means = choose(stays > 0, goes_on, means)
-        piece = choose(stays > 0, Piece(means[-1], dt), of_X.piece)
+        others = (scaled(stays, forcing), stays * X, scaled(stays, end), forcing)
+        means = choose(stays > 0, others, means)
+        piece = choose(stays > 0, Piece(means[2], dt), of_X.piece)
         settled = term.settled(s.expansion, e1, onset) | (stays > 0)
         state = _State(
             e1,
             term.remembered(s.expansion),
             y0,
-            *means,
+            *means[:3],
+            number,
+            means[3],
             piece,
             stiff,
             dt,

@@ -226,6 +226,13 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         and at the predicted end; `ratio` as above."""
 
     @abc.abstractmethod
+    def expected(
+        self, before: Any, start: Any, predicted: Any, ratio: Float[Array, ""]
+    ) -> Bool[Array, ""]:
+        """Whether a row that comes to be violated goes on as it did in the step before.
+        (It may have been overlooked, or there was a jump.)"""
+
+    @abc.abstractmethod
     def onset(
         self,
         crossing: Float[Array, ""],
