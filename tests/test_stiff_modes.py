@@ -42,8 +42,8 @@ def test_the_top_eigenpairs_are_found():
     used = int(np.sum(modes.values > 0))
     assert used >= 6
     np.testing.assert_allclose(modes.values[:6], spectrum[:6], atol=1e-6)
-    # What has not converged bounds the rest.
-    assert spectrum[used] <= modes.rest < 0.5
+    # What has not converged bounds the rest, as well as eigenvectors are known.
+    assert spectrum[used] <= 1.01 * modes.rest < 0.5
     np.testing.assert_allclose(V @ V.T, np.diag(np.arange(16) < used), atol=1e-10)
 
 
@@ -61,9 +61,9 @@ def test_no_mode_is_faster_than_the_floor(dt, scale):
     )(jnp.eye(SIZE))
     rates = np.sort(np.linalg.eigvals(-slowed).real)[::-1]
     fast = int(np.sum(_separated() > floor))
-    # A residual of 3 % of the eigenvalue couples a mode to those that are not slowed.
-    np.testing.assert_allclose(rates[:fast], floor, rtol=0.04)
-    np.testing.assert_allclose(rates[fast:], _separated()[fast:], atol=0.04 * floor)
+    # A residual of 1 % of the eigenvalue couples a mode to those that are not slowed.
+    np.testing.assert_allclose(rates[:fast], floor, rtol=0.015)
+    np.testing.assert_allclose(rates[fast:], _separated()[fast:], atol=0.015 * floor)
 
 
 def test_turned_eigenvectors():
