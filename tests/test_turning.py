@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from centralflow.flows.expansion import Forcing
+from centralflow.flows.stiff_central_term import StiffCentralTerm
 from centralflow.flows.turning import mean_multiplier, staying, turned
 
 
@@ -168,3 +169,18 @@ def test_another_oscillation():
     )  # fmt: skip
     assert linear == 1
     assert number == 1
+
+
+@pytest.mark.parametrize(("sharpness", "expected"), [(1.9, 1.5), (2.0, 0.0)])
+def test_what_is_at_the_edge_has_not_left(sharpness, expected):
+    """Of equal eigenvalues at the edge X may be anywhere in the span."""
+    term = types.SimpleNamespace(
+        optimizer=types.SimpleNamespace(critical_sharpness=2.0), rtol=1e-2
+    )
+    before = types.SimpleNamespace(held=jnp.asarray(2))
+    after = types.SimpleNamespace(
+        held=jnp.asarray(1), sharpness=jnp.array([2.0, sharpness, 1.0])
+    )
+    method = inspect.unwrap(StiffCentralTerm.staying)
+    found = method(term, before, after, jnp.diag(jnp.array([2.0, 0.0])), jnp.eye(2) * 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

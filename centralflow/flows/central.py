@@ -67,8 +67,8 @@ class CentralFlow(AbstractFlow):
         all pairs of critical eigenvectors from step to step, so that few are computed.
         Without, a prediction takes the memory of 1.5 (k - 2) (k - 1) vectors of
         parameters less, k the block size, and where many eigenvalues are critical up to
-        1.5 times the work. The oscillation
-        is then reported up to some percent too large in long steps.
+        1.5 times the work. The oscillation is then reported up to some percent too
+        large in long steps.
 
     ??? cite "Reference"
 

@@ -45,6 +45,8 @@ _KNOWN, _FINEST = 0.5, 0.05
 # changes in X is enlarged; where it is the first eigenvalue there is nothing else. And
 # how many times faster than in the step before one may rise to be the same.
 _LATEST, _LATEST_OF_MORE, _FASTER = 0.9, 0.75, 3.0
+# How far below the edge, over the tolerance, an eigenvalue is that has left it.
+_LEFT = 0.1
 
 _matmul = full_precision(jnp.matmul)
 
@@ -338,7 +340,10 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         X: Float[Array, "k k"],
         mean: Float[Array, "k k"],
     ) -> Float[Array, ""]:
-        fewer = (after.held > 0) & (after.held < before.held)
+        # Of equal eigenvalues at the edge X may be anywhere in the span: none has left.
+        kappa, row = self.optimizer.critical_sharpness, after.held
+        left = after.sharpness[row] < (1 - _LEFT * self.rtol) * kappa
+        fewer = left & (after.held > 0) & (after.held < before.held)
         return jnp.where(fewer, staying(X, mean, after.held), 0)
 
     def damped(
