@@ -67,3 +67,31 @@ def test_self_adjoint(known, rings):
         )
         np.testing.assert_allclose(G @ end(F), F @ end(G), rtol=1e-12)
         assert abs(G @ end(F)) > 1e-2
+
+
+@pytest.mark.parametrize("known", [2], indirect=True)
+def test_with_caution(known):
+    """Forces of which nothing is known are answered to alike: a little more than the
+    known one, across the eigenvectors; with full caution by no less than in truth."""
+    respond, A, rng = known
+    values, Q = np.linalg.eigh(A)
+    phi = -np.expm1(-DT * values) / (DT * values)
+    space = np.concatenate([respond.eigenvectors, respond.space.basis[:2]])
+    F = np.linalg.qr(np.concatenate([space, rng.normal(size=(3, SIZE))]).T)[0].T[4:]
+    zero = jnp.zeros(SIZE)
+
+    def answers(respond):
+        none = Forcing(zero, zero)
+        ends = [respond(Forcing(jnp.asarray(f), zero), none).weights for f in F]
+        return -np.sum(F * np.array(ends), axis=1) / (DT * RATE)
+
+    v = space[2]
+    known = v @ (Q * phi) @ Q.T @ v  # a quadrature: not exact with two products
+    usual = answers(respond)
+    np.testing.assert_allclose(usual, usual[0], rtol=1e-12)
+    np.testing.assert_allclose(usual, known**0.7, rtol=0.2)
+    most = answers(respond.with_caution(jnp.ones(())))
+    np.testing.assert_allclose(most, 1, rtol=1e-12)
+    assert np.all(most > np.sum((F @ Q) ** 2 * phi, axis=1))
+    half = answers(respond.with_caution(jnp.full((), 0.5)))
+    np.testing.assert_allclose(half, np.sqrt(usual), rtol=1e-12)

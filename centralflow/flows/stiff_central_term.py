@@ -333,6 +333,13 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     ) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
         return mean_multiplier(self, y, before, e, X, mean, rho, forcing, mean_forcing)
 
+    def in_rows_of(
+        self, y: FlowState, before: Expansion, e: Expansion, C: Float[Array, "k k"]
+    ) -> Float[Array, "k k"]:
+        P = self.optimizer.preconditioner(y.optimizer_state)
+        T = _matmul(e.eigenvectors * P, before.eigenvectors.T)
+        return _matmul(_matmul(T, C), T.T)
+
     def staying(
         self,
         before: Expansion,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ..failures import Failure, choose, first_of, when
 from ..results import RESULTS
+from .caution import next_caution
 from .course import Piece, course
 from .moreau import multiplier, settle, unheld_for
 from .prediction import prediction, slowed_rate
@@ -44,6 +45,9 @@ class _State(eqx.Module):
     excess: Float[Array, ""]
     # How far X kept the constraint up in the last step; infinite if not known.
     relief: Float[Array, ""]
+    # By how much the last correction moved the constraint, in the rows of `expansion`.
+    moved: Float[Array, "k k"]
+    caution: Float[Array, ""]  # with which a response is estimated
     unheld: Float[Array, ""]  # for how long X has not held the constraint
     failure: Failure
 
@@ -144,6 +148,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             smooth=jnp.bool_(False),
             excess=excess,
             relief=relief.astype(dt.dtype),
+            moved=X,
+            caution=dt if previous is None else previous.caution,
             unheld=dt if previous is None else previous.unheld,
             failure=failure,
         )
@@ -180,7 +186,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         if not term.rings:
             expected = term.expected(s.before, s.expansion, e, ratio)
             acting = jnp.where(begins & expected, 1 - crossing, acting)
-            respond = respond.of_the_last(acting)
+            respond = respond.of_the_last(acting).with_caution(s.caution)
         excess = s.excess * jnp.exp(-dt / _RELAXATION_AT_START)
         beyond = jnp.maximum(jnp.max(-jnp.diag(C)) - excess, 0)
         beyond = jnp.where(acting < 1, 0, beyond)
@@ -253,7 +259,11 @@ class ProjectedRKC(diffrax.AbstractSolver):
         change = correction(X, share)
         linearized = end(X, share)
         kept = jnp.diag(linearized - end(0 * X, share))
-        relief = jnp.max(jnp.where(jnp.arange(kept.size) < active, kept, 0))
+        rows = jnp.arange(kept.size) < active
+        relief = jnp.max(jnp.where(rows, kept, 0))
+        moved = jnp.where(rows[:, None] & rows, linearized - C, 0)
+        last = term.in_rows_of(predicted, s.expansion, e, s.moved)
+        caution = next_caution(last, moved, s.caution)
         X = acting * X  # the mean over all of the step
         forcing = term.forcing(predicted, e, X)
         mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
@@ -385,6 +395,8 @@ class ProjectedRKC(diffrax.AbstractSolver):
             smooth,
             excess,
             relief,
+            moved,
+            caution,
             unheld,
             failure,
         )

@@ -190,8 +190,8 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         """A linear function: what a change of the forcing in a step does to its end, y,
         if it is constant, and if it rises by so much and is zero at the middle. (Unless
         modes ring, its `of_the_last(share)` is for a change in the last share of the
-        step.) What that shows of the fastest modes. The expansion, with the work
-        counted."""
+        step, and `with_caution` as much or more, where it is estimated.) What that
+        shows of the fastest modes. The expansion, with the work counted."""
 
     @abc.abstractmethod
     def complete(
@@ -260,6 +260,12 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         `mean` in the step before, which was as long as dt (1/rho - 1). And the number
         it is to be multiplied by, for Phi changes in the step. From the expansions at
         the start and at the end y of the step, the forcing there and in the mean."""
+
+    @abc.abstractmethod
+    def in_rows_of(
+        self, y: PyTree, before: Any, expansion: Any, C: Float[Array, "k k"]
+    ) -> Float[Array, "k k"]:
+        """A matrix on the rows of the expansion `before`, on those of that at y."""
 
     @abc.abstractmethod
     def staying(
