@@ -9,6 +9,9 @@ from ..precision import full_precision
 # Where, over the critical sharpness, the eigenvalues are that no eigenvector is tracked
 # of, when it is about what the critical ones turned to.
 _BULK = 0.5
+# The least distance of another eigenvalue, over the critical sharpness, at which an
+# eigenvector is turned towards that one to first order.
+_NEAREST = 0.1
 
 _matmul = full_precision(jnp.matmul)
 
@@ -58,11 +61,8 @@ def coupling(
     # gram^-1/2 hessian gram^-1/2, whose eigenvalues are those of P^-1 H
     g, Q = jnp.linalg.eigh(gram)
     root = (Q / jnp.sqrt(g)) @ Q.T
-    inverse = jnp.where(block, (Q / g) @ Q.T, 0)
-    rest = images - _matmul(jnp.where(block, hessian, 0) @ inverse, P * U)
     guards = tracked & ~seen
-    towards = jnp.where(guards, _matmul(rest, U.T), 0)
-    beyond = rest - _matmul(towards, P * U)
+    towards, beyond = _across(U, images, P, gram, seen, guards)
     more = hessian + _matmul(beyond / P, beyond.T) / (kappa - _BULK * kappa)
     others = jnp.diag(jnp.where(guards, sharpness, _BULK * kappa))
     both = root @ jnp.where(block, more, others + towards + towards.T) @ root
@@ -73,3 +73,49 @@ def coupling(
     top = above(jnp.linalg.eigvalsh(both))
     lost = top - above(jnp.linalg.eigvalsh(apart))
     return Coupling(hessian, values, top - above(values), lost)
+
+
+@full_precision
+def turned(
+    U: Float[Array, "k n"],
+    images: Float[Array, "k n"],
+    P: Float[Array, ""] | Float[Array, " n"],
+    sharpness: Float[Array, " k"],
+    critical: Bool[Array, " k"],
+    tracked: Bool[Array, " k"],
+    kappa: float | Float[Array, ""],
+) -> Float[Array, "k n"]:
+    """The critical vectors, as they are after the step: U + rest (kappa P - H)^-1, to
+    first order, with the same approximations, made orthonormal again in the norm of P.
+    The other rows are zero."""
+    block = critical[:, None] & critical
+    U = jnp.where(tracked[:, None], U, 0)
+    gram = lambda U: jnp.where(block, _matmul(U * P, U.T), jnp.eye(len(U)))
+    images = jnp.where(critical[:, None], images, 0)
+    guards = tracked & ~critical
+    towards, beyond = _across(U, images, P, gram(U), critical, guards)
+    away = jnp.maximum(kappa - sharpness, _NEAREST * kappa)
+    change = _matmul(towards / away, U) + beyond / P / (kappa - _BULK * kappa)
+    U = jnp.where(critical[:, None], U + change, 0)
+    g, Q = jnp.linalg.eigh(gram(U))
+    return _matmul((Q / jnp.sqrt(g)) @ Q.T, U)
+
+
+def _across(
+    U: Float[Array, "k n"],
+    images: Float[Array, "k n"],
+    P: Float[Array, ""] | Float[Array, " n"],
+    gram: Float[Array, "k k"],
+    seen: Bool[Array, " k"],
+    guards: Bool[Array, " k"],
+) -> tuple[Float[Array, "k k"], Float[Array, "k n"]]:
+    """What H does with the rows seen across them, `rest`: along the guards, and beyond
+    these."""
+    block = seen[:, None] & seen
+    hessian = _matmul(U, images.T)
+    hessian = jnp.where(block, (hessian + hessian.T) / 2, 0)
+    g, Q = jnp.linalg.eigh(gram)
+    inverse = jnp.where(block, (Q / g) @ Q.T, 0)
+    rest = images - _matmul(hessian @ inverse, P * U)
+    towards = jnp.where(guards, _matmul(rest, U.T), 0)
+    return towards, rest - _matmul(towards, P * U)

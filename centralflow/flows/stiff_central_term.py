@@ -18,7 +18,7 @@ from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .carried import carried, exact_along
 from .central_term import CentralTerm
-from .coupling import Coupling, coupling
+from .coupling import Coupling, coupling, turned
 from .dense import crossing
 from .expansion import Expansion, Forcing, Slope, Staleness
 from .leapfrog import RingingResponse, leapfrog
@@ -213,7 +213,9 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
     ) -> tuple[FlowState, FlowState, Int[Array, ""], Float[Array, ""]]:
         return leapfrog(self, y, slope, forcing, dt)
 
-    def complete(self, y: FlowState, e: Expansion, X, stages, converged) -> Expansion:
+    def complete(
+        self, y: FlowState, e: Expansion, X, stages, converged
+    ) -> tuple[Expansion, Forcing]:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
         kappa, rows = self.optimizer.critical_sharpness, jnp.arange(self.block_size)
         above = lambda values: jnp.maximum(values[-1], kappa)
@@ -233,7 +235,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
 
         none, zero = jnp.zeros_like(e.sharpness), jnp.zeros_like(e.excess)
         nothing = Coupling(e.hessian, none, zero, none)
-        seen, _, _, gram, now, excess, *_ = jax.lax.while_loop(
+        seen, _, images, gram, now, excess, *_ = jax.lax.while_loop(
             lambda carry: carry[-1],
             look,
             (
@@ -256,7 +258,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             hvps=seen,
             unconverged=(~converged).astype(jnp.int32),
         )
-        return dataclasses.replace(
+        completed = dataclasses.replace(
             e,
             slope=self.slope(y),
             sharpness=now.values[::-1],
@@ -268,6 +270,14 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             coupled=coupled.astype(jnp.int32),
             work=e.work + work,
         )
+        if P.ndim == 0:
+            return completed, self.forcing(y, e, X)
+        # The second moments answer to the eigenvectors as they are now: with those of
+        # the prediction, which the correction turns, their response would go up and
+        # down.
+        critical, tracked = rows < e.critical, rows < e.tracked
+        V = turned(U, images, P, e.sharpness, critical, tracked, kappa)
+        return completed, self.forcing(y, dataclasses.replace(e, eigenvectors=V), X)
 
     def begins(self, before: Expansion) -> Bool[Array, ""]:
         return before.held == 0

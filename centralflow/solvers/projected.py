@@ -117,7 +117,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         e = first = term.expand_ahead(y0, known, known, jnp.zeros(()), relief)
         C = term.constraint(e)
         X = jnp.zeros_like(C)
-        e = term.complete(y0, e, X, 1, jnp.bool_(True))
+        e, _ = term.complete(y0, e, X, 1, jnp.bool_(True))
         if previous is None:
             zero = lambda x: jnp.zeros(x.shape, x.dtype)
             like = jax.eval_shape(lambda: term.forcing(y0, first, X))
@@ -265,10 +265,9 @@ class ProjectedRKC(diffrax.AbstractSolver):
         last = term.in_rows_of(predicted, s.expansion, e, s.moved)
         caution = next_caution(last, moved, s.caution)
         X = acting * X  # the mean over all of the step
-        forcing = term.forcing(predicted, e, X)
-        mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         y1 = add(predicted, change)
-        e1 = term.complete(y1, e, X, stages, solution.converged)
+        e1, forcing = term.complete(y1, e, X, stages, solution.converged)
+        mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
         y1 = term.record(y1, e1, X)
 
         # The observables of X in the course of the step.
