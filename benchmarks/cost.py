@@ -3,9 +3,10 @@
     python -m benchmarks.cost
 
 Gradient descent at learning rate 0.2 on a network of 8,970 parameters and 1,000 digits,
-for more and more steps; then other optimizers and losses, and the fixed-step scheme.
+for more and more steps; then other optimizers and losses, two of them for more steps,
+too; and the fixed-step scheme.
 Both sides run in this process, compiled and warmed up, in turn; the ratio of their wall
-times is the median over the repetitions. (The longest run is made once.) Takes from
+times is the median over the repetitions. (The longest runs are made once.) Takes from
 ten minutes to an hour, by machine. Writes out/cost.png.
 """
 
@@ -85,12 +86,13 @@ def draw(main: list[dict], others: list[dict]) -> Figure:
     )
     for key, label, marker, color in kinds:
         axes.plot(steps, [m[key] for m in main], marker + "-", c=color, label=label)
-    markers = iter("^vDP<>X*")
-    for m in others:
-        marker = next(markers)
+    names = list(dict.fromkeys(m["problem"] for m in others))
+    for name, marker in zip(names, "^vDP<>X*", strict=False):
+        these = [m for m in others if m["problem"] == name]
         for key, _, _, color in kinds:
-            axes.plot(m["steps"], m[key], marker, ms=5, mec=color, mfc="none")
-        axes.plot([], [], marker, ms=5, mec="#666666", mfc="none", label=m["problem"])
+            x, y = [m["steps"] for m in these], [m[key] for m in these]
+            axes.plot(x, y, marker + ":", lw=0.8, c=color, ms=5, mfc="none")
+        axes.plot([], [], marker, ms=5, mec="#666666", mfc="none", label=name)
     axes.axhline(1, color="black", lw=0.8, ls=":")
     axes.set(
         xscale="log",
@@ -111,6 +113,7 @@ def main() -> None:
         "--steps", type=int, nargs="+", default=[400, 2_000, 20_000, 200_000]
     )
     parser.add_argument("--other-steps", type=int, default=2_000, help="0 for none")
+    parser.add_argument("--more-steps", type=int, default=20_000, help="0 for none")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/cost.png"))
     arguments = parser.parse_args()
@@ -130,6 +133,9 @@ def main() -> None:
             problems.sorting,
         ):
             others.append(measure(make(), arguments.other_steps, repeat))
+    if arguments.more_steps:
+        for make in (problems.convolutional, problems.rmsprop):
+            others.append(measure(make(), arguments.more_steps, 1))
     fixed = gd._replace(name="GD, CentralFlow(substeps=1)")
     fixed = measure(fixed, 400, repeat, flow=cf.CentralFlow(substeps=1))
 

@@ -57,3 +57,26 @@ def test_what_is_not_coupled_is_not_looked_at():
     assert products == 1
     np.testing.assert_allclose(after.excess, 0, atol=1e-9)
     assert after.coupled == 1
+
+
+def test_second_moments_where_the_step_size_changes():
+    """X along an eigenvector, of P^-1 H and of length 1 in P, adds
+    |H u|^2 X = kappa^2 |P u|^2 X = kappa^2 P X to the squared gradient, with P now."""
+    optimizer = cf.ScalarRMSProp(1.0, 0.9, 0.0)
+    weights = jnp.zeros(SIZE)
+    hessian = jnp.asarray(VALUES)
+    flat = cf.Objective(lambda w: 0.5 * w @ (hessian * w)).flatten(weights)[1]
+    flow = cf.CentralFlow(eigen_tolerance=1e-10)
+    term = flow.term(flat, optimizer, {}, jnp.zeros(0, int), jnp.asarray(1e-2))
+    state = lambda nu: dataclasses.replace(
+        optimizer.init(weights), nu=jnp.full((), nu), age=jnp.full((), 1e9)
+    )
+    zero = jnp.zeros(())
+    e = term.expand_ahead(FlowState(weights, state(1.0), {}), None, None, zero, zero)
+    assert e.critical == 1
+    X = jnp.zeros((flow.block_size,) * 2).at[0, 0].set(0.1)
+    after = FlowState(weights, state(1.44), {})
+    _, at_end = term.complete(after, e, X, 1, jnp.bool_(True))
+    added = jnp.sum(term.forcing(after, at_end, X).gradient_sq)
+    kappa = optimizer.critical_sharpness
+    np.testing.assert_allclose(added, kappa**2 * 1.2 * 0.1, rtol=1e-9)

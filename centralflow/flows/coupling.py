@@ -62,7 +62,8 @@ def coupling(
     g, Q = jnp.linalg.eigh(gram)
     root = (Q / jnp.sqrt(g)) @ Q.T
     guards = tracked & ~seen
-    towards, beyond = _across(U, images, P, gram, seen, guards)
+    along = jnp.where(block, hessian @ (Q / g) @ Q.T, 0)
+    towards, beyond = _across(U, images - _matmul(along, P * U), P, guards)
     more = hessian + _matmul(beyond / P, beyond.T) / (kappa - _BULK * kappa)
     others = jnp.diag(jnp.where(guards, sharpness, _BULK * kappa))
     both = root @ jnp.where(block, more, others + towards + towards.T) @ root
@@ -76,7 +77,7 @@ def coupling(
 
 
 @full_precision
-def turned(
+def turned_eigenvectors(
     U: Float[Array, "k n"],
     images: Float[Array, "k n"],
     P: Float[Array, ""] | Float[Array, " n"],
@@ -85,15 +86,18 @@ def turned(
     tracked: Bool[Array, " k"],
     kappa: float | Float[Array, ""],
 ) -> Float[Array, "k n"]:
-    """The critical vectors, as they are after the step: U + rest (kappa P - H)^-1, to
-    first order, with the same approximations, made orthonormal again in the norm of P.
-    The other rows are zero."""
+    """The critical eigenvectors as they are after the step: U + rest (kappa P - H)^-1,
+    to first order, with the same approximations, made orthonormal again in the norm of
+    P. The other rows are zero."""
     block = critical[:, None] & critical
     U = jnp.where(tracked[:, None], U, 0)
-    gram = lambda U: jnp.where(block, _matmul(U * P, U.T), jnp.eye(len(U)))
     images = jnp.where(critical[:, None], images, 0)
-    guards = tracked & ~critical
-    towards, beyond = _across(U, images, P, gram(U), critical, guards)
+    gram = lambda U: jnp.where(block, _matmul(U * P, U.T), jnp.eye(len(U)))
+    g, Q = jnp.linalg.eigh(gram(U))
+    hessian = jnp.where(block, _matmul(U, images.T), 0)
+    along = jnp.where(block, hessian @ (Q / g) @ Q.T, 0)
+    rest = images - _matmul(along, P * U)
+    towards, beyond = _across(U, rest, P, tracked & ~critical)
     away = jnp.maximum(kappa - sharpness, _NEAREST * kappa)
     change = _matmul(towards / away, U) + beyond / P / (kappa - _BULK * kappa)
     U = jnp.where(critical[:, None], U + change, 0)
@@ -103,19 +107,10 @@ def turned(
 
 def _across(
     U: Float[Array, "k n"],
-    images: Float[Array, "k n"],
+    rest: Float[Array, "k n"],
     P: Float[Array, ""] | Float[Array, " n"],
-    gram: Float[Array, "k k"],
-    seen: Bool[Array, " k"],
     guards: Bool[Array, " k"],
 ) -> tuple[Float[Array, "k k"], Float[Array, "k n"]]:
-    """What H does with the rows seen across them, `rest`: along the guards, and beyond
-    these."""
-    block = seen[:, None] & seen
-    hessian = _matmul(U, images.T)
-    hessian = jnp.where(block, (hessian + hessian.T) / 2, 0)
-    g, Q = jnp.linalg.eigh(gram)
-    inverse = jnp.where(block, (Q / g) @ Q.T, 0)
-    rest = images - _matmul(hessian @ inverse, P * U)
+    """`rest` along the guards, and beyond these."""
     towards = jnp.where(guards, _matmul(rest, U.T), 0)
     return towards, rest - _matmul(towards, P * U)

@@ -39,7 +39,7 @@ class Response(eqx.Module):
     A = P^-1/2 H P^-1/2; Q' f(Q A Q') Q in a Krylov space Q across them, which is exact
     to its degree in one direction, that of the forcing; and a number across both. Of
     chi it is the mean in that direction; of phi_1 the geometric mean of that and of 1,
-    the most that a mode can answer, and, with `caution`, up to 1.
+    the most that a mode that decays can answer, and, with `caution`, up to 1.
 
     That is self-adjoint, and must be: with the mean in all directions but the one, the
     multipliers of seven eigenvalues left 20 to 90 % of the violation of the constraint
@@ -73,7 +73,8 @@ class Response(eqx.Module):
             v, values = root * dw, f(self.space.nodes)
             usual = self.space.mean(values)
             if function is phi_1:
-                usual = jnp.maximum(usual, 0) ** (0.5 * (1 - self.caution))
+                more = jnp.maximum(usual, 0) ** (0.5 * (1 - self.caution))
+                usual = jnp.where(usual < 1, more, usual)
             mean += usual * v
             along += (f(self.values) - usual) * _matmul(V, v)
             across += self.space.within(values - usual, v)

@@ -18,7 +18,7 @@ from ..solvers import AbstractStiffComplementarityTerm, Step
 from .base import FlowState, Work
 from .carried import carried, exact_along
 from .central_term import CentralTerm
-from .coupling import Coupling, coupling, turned
+from .coupling import Coupling, coupling, turned_eigenvectors
 from .dense import crossing
 from .expansion import Expansion, Forcing, Slope, Staleness
 from .leapfrog import RingingResponse, leapfrog
@@ -215,7 +215,7 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
 
     def complete(
         self, y: FlowState, e: Expansion, X, stages, converged
-    ) -> tuple[Expansion, Forcing]:
+    ) -> tuple[Expansion, Expansion]:
         P, U = self.optimizer.preconditioner(y.optimizer_state), e.eigenvectors
         kappa, rows = self.optimizer.critical_sharpness, jnp.arange(self.block_size)
         above = lambda values: jnp.maximum(values[-1], kappa)
@@ -270,14 +270,12 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
             coupled=coupled.astype(jnp.int32),
             work=e.work + work,
         )
-        if P.ndim == 0:
-            return completed, self.forcing(y, e, X)
-        # The second moments answer to the eigenvectors as they are now: with those of
-        # the prediction, which the correction turns, their response would go up and
-        # down.
-        critical, tracked = rows < e.critical, rows < e.tracked
-        V = turned(U, images, P, e.sharpness, critical, tracked, kappa)
-        return completed, self.forcing(y, dataclasses.replace(e, eigenvectors=V), X)
+        if P.ndim == 0:  # they do not turn
+            V = U * (e.root / jnp.sqrt(P))
+        else:
+            critical, tracked = rows < e.critical, rows < e.tracked
+            V = turned_eigenvectors(U, images, P, e.sharpness, critical, tracked, kappa)
+        return completed, dataclasses.replace(completed, eigenvectors=V)
 
     def begins(self, before: Expansion) -> Bool[Array, ""]:
         return before.held == 0

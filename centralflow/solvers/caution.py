@@ -20,8 +20,8 @@ def next_caution(
     the next step that is missing. For r > 2 each correction is larger than the last,
     and against it, however smooth the solution is. Shorter steps help only so far as
     estimates are better there: a flow in which four eigenvalues stayed at the edge for
-    20,000 steps was integrated in steps of 30, now of 1,500. With full caution, the
-    estimate is the most that can be.
+    20,000 steps was integrated in steps of 30, now of 1,000 and more. With full caution
+    the estimate is the most that can be.
     """
     along = jnp.sum(last * now)
     alternate = along < _ALTERNATE * jnp.linalg.norm(last) * jnp.linalg.norm(now)

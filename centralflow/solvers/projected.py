@@ -70,7 +70,7 @@ class ProjectedRKC(diffrax.AbstractSolver):
         a semidefinite complementarity problem. Phi may be that of an earlier step, as
         far as it is made exact for the X that comes out;
 
-    4. the corrected end y + R[F(t) - F], and the constraint there.
+    4. the corrected end y + R[F(t) - F], the constraint there, and the forcing.
 
     Both y and X are of second order. (Linear from its *end* in the last step, the
     forcing would be that of the trapezoidal rule: of second order too, but the part
@@ -261,14 +261,21 @@ class ProjectedRKC(diffrax.AbstractSolver):
         kept = jnp.diag(linearized - end(0 * X, share))
         rows = jnp.arange(kept.size) < active
         relief = jnp.max(jnp.where(rows, kept, 0))
-        moved = jnp.where(rows[:, None] & rows, linearized - C, 0)
-        last = term.in_rows_of(predicted, s.expansion, e, s.moved)
-        caution = next_caution(last, moved, s.caution)
+        # (Of a single row the response is known.)
+        rows = (active > 1) & rows[:, None] & rows
+        moved, caution = jnp.where(rows, linearized - C, 0), s.caution
+        if not term.rings:
+            last = term.in_rows_of(predicted, s.expansion, e, s.moved)
+            caution = next_caution(jnp.where(rows, last, 0), moved, caution)
         X = acting * X  # the mean over all of the step
         y1 = add(predicted, change)
-        e1, forcing = term.complete(y1, e, X, stages, solution.converged)
+        e1, at_end = term.complete(y1, e, X, stages, solution.converged)
+        # The correction turns rows of Phi. With those of the prediction, the forcing
+        # would go up and down with the corrections from step to step. (It did act in
+        # this step. But its mean, too, is better taken with what they turned to.)
+        forcing = term.forcing(y1, at_end, X)
         mean_forcing = scaled(share, mean(forcing, s.mean_forcing))
-        y1 = term.record(y1, e1, X)
+        y1 = term.record(y1, at_end, X)
 
         # The observables of X in the course of the step.
         as_many = e1.held == s.expansion.held

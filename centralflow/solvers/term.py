@@ -201,11 +201,11 @@ class AbstractStiffComplementarityTerm(AbstractComplementarityTerm):
         X: Float[Array, "k k"],
         stages: Int[Array, ""],
         converged: Bool[Array, ""],
-    ) -> tuple[Any, PyTree]:
+    ) -> tuple[Any, Any]:
         """The expansion at the corrected end y of a step, from that at the predicted
-        one: its `slope`, and C on the rows that may be tight; and the forcing Phi[X]
-        there. The number of stages and whether the complementarity problem converged
-        are for the record."""
+        one: its `slope`, and C on the rows that may be tight. And the same with these
+        rows as they are at y, for Phi. X, the number of stages and whether the
+        complementarity problem converged are for the record."""
 
     @abc.abstractmethod
     def begins(self, before: Any) -> Bool[Array, ""]:

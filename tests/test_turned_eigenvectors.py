@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from centralflow.flows.coupling import turned
+from centralflow.flows.coupling import turned_eigenvectors
 
 SIZE, CRITICAL, KAPPA = 9, 2, 2.0
 
@@ -28,7 +28,7 @@ def test_of_first_order(tracked):
     for t in 1e-2, 1e-3:
         H1, P1 = H + t * E, P + t * dP
         images = U @ H1
-        V = turned(
+        V = turned_eigenvectors(
             *map(jnp.asarray, (U, images, P1, values)),
             jnp.asarray(rows < CRITICAL),
             jnp.asarray(rows < tracked),
