@@ -275,7 +275,9 @@ class StiffCentralTerm(CentralTerm, AbstractStiffComplementarityTerm):
         else:
             critical, tracked = rows < e.critical, rows < e.tracked
             V = turned_eigenvectors(U, images, P, e.sharpness, critical, tracked, kappa)
-        return completed, dataclasses.replace(completed, eigenvectors=V)
+        return completed, dataclasses.replace(
+            completed, eigenvectors=V, forces=e.forces
+        )
 
     def begins(self, before: Expansion) -> Bool[Array, ""]:
         return before.held == 0
