@@ -1,10 +1,14 @@
 """Corrections that overshoot, and alternate."""
 
+import inspect
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import centralflow as cf
+from centralflow.flows.stiff_central_term import StiffCentralTerm
 from centralflow.solvers.caution import next_caution
 
 
@@ -18,6 +22,23 @@ def test_next_caution():
         assert next_caution(C, now, zero) == 0
         np.testing.assert_allclose(next_caution(C, now, jnp.asarray(0.5)), 0.45)
     assert next_caution(0 * C, C, zero) == 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_in_the_rows_of_another_step():
+    """Of eigenvectors that are orthonormal in the norm of P, and are turned by Q."""
+    rng = np.random.default_rng(1)
+    P, k = np.exp(rng.normal(size=8)), 3
+    V, _ = np.linalg.qr(rng.normal(size=(8, k)))
+    Q, _ = np.linalg.qr(rng.normal(size=(k, k)))
+    U, C = V.T / np.sqrt(P), rng.normal(size=(k, k))
+    optimizer = types.SimpleNamespace(preconditioner=lambda state: jnp.asarray(P))
+    term = types.SimpleNamespace(optimizer=optimizer)
+    y = types.SimpleNamespace(optimizer_state=None)
+    e = lambda U: types.SimpleNamespace(eigenvectors=jnp.asarray(U))
+    in_rows_of = inspect.unwrap(StiffCentralTerm.in_rows_of)
+    found = in_rows_of(term, y, e(U), e(Q @ U), jnp.asarray(C))
+    np.testing.assert_allclose(found, Q @ C @ Q.T, rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [2_000, 20_000])

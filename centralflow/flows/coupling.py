@@ -63,7 +63,7 @@ def coupling(
     root = (Q / jnp.sqrt(g)) @ Q.T
     guards = tracked & ~seen
     along = jnp.where(block, hessian @ (Q / g) @ Q.T, 0)
-    towards, beyond = _across(U, images - _matmul(along, P * U), P, guards)
+    towards, beyond = _across(U, images, P, along, guards)
     more = hessian + _matmul(beyond / P, beyond.T) / (kappa - _BULK * kappa)
     others = jnp.diag(jnp.where(guards, sharpness, _BULK * kappa))
     both = root @ jnp.where(block, more, others + towards + towards.T) @ root
@@ -94,10 +94,8 @@ def turned_eigenvectors(
     images = jnp.where(critical[:, None], images, 0)
     gram = lambda U: jnp.where(block, _matmul(U * P, U.T), jnp.eye(len(U)))
     g, Q = jnp.linalg.eigh(gram(U))
-    hessian = jnp.where(block, _matmul(U, images.T), 0)
-    along = jnp.where(block, hessian @ (Q / g) @ Q.T, 0)
-    rest = images - _matmul(along, P * U)
-    towards, beyond = _across(U, rest, P, tracked & ~critical)
+    along = jnp.where(block, _matmul(images, U.T) @ (Q / g) @ Q.T, 0)
+    towards, beyond = _across(U, images, P, along, tracked & ~critical)
     away = jnp.maximum(kappa - sharpness, _NEAREST * kappa)
     change = _matmul(towards / away, U) + beyond / P / (kappa - _BULK * kappa)
     U = jnp.where(critical[:, None], U + change, 0)
@@ -107,10 +105,12 @@ def turned_eigenvectors(
 
 def _across(
     U: Float[Array, "k n"],
-    rest: Float[Array, "k n"],
+    images: Float[Array, "k n"],
     P: Float[Array, ""] | Float[Array, " n"],
+    along: Float[Array, "k k"],
     guards: Bool[Array, " k"],
 ) -> tuple[Float[Array, "k k"], Float[Array, "k n"]]:
-    """`rest` along the guards, and beyond these."""
+    """What the images have beside `along` P U: along the guards, and beyond these."""
+    rest = images - _matmul(along, P * U)
     towards = jnp.where(guards, _matmul(rest, U.T), 0)
     return towards, rest - _matmul(towards, P * U)
